@@ -1,0 +1,198 @@
+"""A trained run as files: `models/`, and everything needed to predict from it.
+
+    experts/expert-<m>.safetensors     global experts, parameters by name
+    gate.safetensors                   gate and coordination head (methods that have them)
+    personal/<client>.safetensors      personal experts of seen clients, by client index
+    state.json                         settings, classes, label counts, correlation, calibration
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from fedcoe.config import validate_settings
+from fedcoe.engine.trainer import Trainer
+from fedcoe.errors import FedCoEError
+from fedcoe.methods.base import Federation, Method, Scores
+from fedcoe.methods.settings import method_class
+from fedcoe.models import build_expert
+from fedcoe.models.flat import FlatModel, Layout
+from fedcoe.prediction import Log, prior_from_counts
+from fedcoe.state import PersonalStore, ServerState, load_model, save_model, write_atomic
+
+FORMAT = 1
+
+
+def layout_of(federation: Federation) -> Layout:
+    """Parameter names and shapes of the federation's experts."""
+    f = federation
+    return FlatModel(build_expert(f.settings.model.name, f.shape, f.classes, 0)).layout
+
+
+def export_models(
+    folder: Path, method: Method, state: ServerState, personal: PersonalStore
+) -> None:
+    """Write a trained state to `folder`, replacing what is there."""
+    f = method.federation
+    layout = layout_of(f)
+    target = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(target, ignore_errors=True)
+    for m, vector in enumerate(state.experts):
+        save_model(target / "experts" / f"expert-{m}.safetensors", vector, layout)
+    if state.extra:
+        arrays = {name: np.ascontiguousarray(a) for name, a in state.extra.items()}
+        write_atomic(target / "gate.safetensors", save(arrays))
+    exported = PersonalStore(target / "personal", layout)
+    for client, last in enumerate(state.personal_round):
+        if last:
+            exported.save(client, int(last), personal.load(client, int(last)))
+    description = {
+        "format": FORMAT,
+        "round": state.round,
+        "settings": f.settings.model_dump(mode="json", exclude={"runtime"}),
+        "shape": f.shape,
+        "mean": f.mean,
+        "std": f.std,
+        "classes": f.class_names,
+        "clients": f.names,
+        "groups": f.groups,
+        "label_counts": f.label_counts.tolist(),
+        "correlation": state.correlation.tolist(),
+        "dispatched": state.dispatched.tolist(),
+        "personal_round": state.personal_round.tolist(),
+        "share": state.share.tolist(),
+        "calibration": dict(state.calibration),
+        "diagnostics": dict(state.diagnostics),
+    }
+    text = json.dumps(description, indent=1, sort_keys=True) + "\n"
+    write_atomic(target / "state.json", text.encode())
+    shutil.rmtree(folder, ignore_errors=True)
+    target.rename(folder)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A trained run, loaded: a method and its state, and a trainer to run the experts with."""
+
+    method: Method
+    state: ServerState
+    trainer: Trainer
+
+    def score(self, images: NDArray[np.uint8]) -> Scores:
+        """Run every global model once over uint8 images [n, H, W, C].
+
+        Raises:
+            FedCoEError: another type or shape than the model was trained on.
+        """
+        shape = self.method.federation.shape
+        if images.ndim == 3 and shape[2] == 1:
+            images = images[..., None]
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+            raise FedCoEError(
+                f"images are {images.dtype} {list(images.shape)}, "
+                f"the model takes uint8 [n, {', '.join(map(str, shape))}]"
+            )
+        if len(self.state.experts) < self.method.experts:
+            return Method.score(self.method, self.trainer, self.state, images)
+        return self.method.score(self.trainer, self.state, images)
+
+    def predict(
+        self,
+        images: NDArray[np.uint8],
+        mode: Literal["none", "unlabelled", "labels"] = "none",
+        label_counts: NDArray[np.int64] | None = None,
+        inputs: NDArray[np.uint8] | None = None,
+    ) -> Log:
+        """[n, C] log probabilities for a client that never took part.
+
+        Args:
+            images: uint8 [n, H, W, C] to predict.
+            mode: `none` knows nothing; `unlabelled` reads the client's `inputs` (default: the
+                images themselves); `labels` takes its `label_counts` [C].
+        """
+        scores = self.score(images)
+        if mode == "none":
+            return self.method.predict_global(self.state, scores)
+        given = scores if inputs is None else self.score(inputs)
+        prior, correlation = self.method.join_unlabelled(self.state, given)
+        if mode == "labels":
+            classes = self.method.federation.classes
+            if label_counts is None or label_counts.shape != (classes,) or label_counts.min() < 0:
+                raise FedCoEError(f"mode labels needs label_counts: {classes} numbers >= 0")
+            prior = prior_from_counts(label_counts)
+        return self.method.predict_with(self.state, scores, prior, correlation)
+
+
+def load_bundle(
+    folder: Path,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    only: int | None = None,
+) -> Bundle:
+    """Load what `export_models` wrote; executes nothing that is in the files.
+
+    Args:
+        only: load just this expert. `score` then gives its outputs alone.
+
+    Raises:
+        FedCoEError: missing, damaged, or of another format.
+    """
+    path = folder / "state.json"
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise ValueError(f"format {description['format']}, this version reads {FORMAT}")
+        settings = validate_settings(description["settings"], str(path))
+        height, width, channels = (int(side) for side in description["shape"])
+        federation = Federation(
+            settings,
+            (height, width, channels),
+            len(description["classes"]),
+            np.array(description["label_counts"], np.int64),
+            tuple(description["clients"]),
+            tuple(description["groups"]),
+            tuple(description["classes"]),
+            tuple(description["mean"]),
+            tuple(description["std"]),
+        )
+        method: Method = method_class(settings.method.name)(federation)
+        layout = layout_of(federation)
+        experts = np.stack(
+            [
+                load_model(folder / "experts" / f"expert-{m}.safetensors", layout)
+                for m in (range(method.experts) if only is None else [only])
+            ]
+        )
+        gate = folder / "gate.safetensors"
+        state = ServerState(
+            round=int(description["round"]),
+            experts=experts,
+            momentum=np.zeros((0, 0), np.float32),
+            correlation=np.array(description["correlation"], np.float64),
+            dispatched=np.array(description["dispatched"], np.int64),
+            personal_round=np.array(description["personal_round"], np.int64),
+            share=np.array(description["share"], np.float64),
+            calibration=description["calibration"],
+            diagnostics=description["diagnostics"],
+            extra=load_file(gate) if gate.exists() and only is None else {},
+        )
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        raise FedCoEError(
+            f"{path.parent}: not a whole model ({type(error).__name__}: {error}); "
+            "train one: `dvc repro train`"
+        ) from None
+    trainer = Trainer(
+        settings.model.name,
+        federation.shape,
+        federation.classes,
+        federation.mean,
+        federation.std,
+        precision,
+    )
+    return Bundle(method, state, trainer)

@@ -1,0 +1,215 @@
+"""params.yaml <-> typed, documented, validated settings.
+
+One pydantic model a section, one section a pipeline stage. Unknown keys are errors, so that a
+misspelt setting never trains with its default in silence.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from fedcoe.errors import FedCoEError
+from fedcoe.methods.settings import MethodSettings, settings_for
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataSettings(Section):
+    name: str = Field("mnist5k", description="Dataset that `fedcoe fetch` builds into data/.")
+
+
+class PartitionSettings(Section):
+    """How the training split is dealt out to clients (design: `fedcoe.data.partition`)."""
+
+    scheme: Literal["dirichlet", "pathological", "iid", "natural"] = Field(
+        "dirichlet", description="dirichlet | pathological | iid | natural (the data's own clients)"
+    )
+    clients: int = Field(20, ge=2, description="Seen and new clients together (natural: read off)")
+    new_clients: float = Field(
+        0.2, ge=0.0, lt=1.0, description="Fraction of clients held out of training entirely"
+    )
+    new_clients_by: Literal["random", "feature_group", "label_mix"] = Field(
+        "random",
+        description="Who is held out: random; one whole feature group; a region of label mixes",
+    )
+    alpha: float = Field(0.1, ge=1e-4, le=1e6, description="Dirichlet concentration; smaller = more skew")
+    classes_per_client: int = Field(2, ge=1, description="Classes per client (pathological)")
+    feature_skew: Literal["none", "rotation", "inversion", "blur"] = Field(
+        "none", description="A fixed transform per client group, on top of any scheme"
+    )
+    feature_groups: int = Field(
+        4, ge=2, le=4, description="Number of groups (rotation <= 4, inversion 2, blur <= 4)"
+    )
+    min_samples: int = Field(10, ge=4, description="Fewest samples a client may have")
+    validation: float = Field(0.15, gt=0.0, lt=1.0, description="Share of a client's samples")
+    test: float = Field(0.25, gt=0.0, lt=1.0, description="Share of a client's samples")
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "PartitionSettings":
+        if self.validation + self.test >= 0.95:
+            raise ValueError("validation + test must leave at least 5 % for training")
+        if self.new_clients_by == "feature_group" and self.feature_skew == "none":
+            raise ValueError("new_clients_by: feature_group needs a feature_skew other than none")
+        if self.feature_skew == "inversion" and self.feature_groups != 2:
+            raise ValueError("feature_skew: inversion has exactly 2 groups; set feature_groups: 2")
+        if self.scheme != "natural" and self.seen_clients < 1:
+            raise ValueError("new_clients leaves no seen client to train on")
+        return self
+
+    @property
+    def held_out(self) -> int:
+        """Number of new clients among `clients`."""
+        return round(self.clients * self.new_clients)
+
+    @property
+    def seen_clients(self) -> int:
+        return self.clients - self.held_out
+
+
+class ModelSettings(Section):
+    name: str = Field("cnn4", description="Expert architecture, by name (fedcoe.models.EXPERTS)")
+    personal: str = Field("same", description="Personal expert's architecture; same = as experts")
+
+
+class TrainSettings(Section):
+    rounds: int = Field(30, ge=1, le=100_000)
+    cohort: float = Field(1.0, gt=0.0, le=1.0, description="Fraction of seen clients per round")
+    local_epochs: int = Field(1, ge=1, le=1000)
+    batch_size: int = Field(50, ge=1, le=65_536)
+    lr: float = Field(0.02, gt=0.0, le=10.0, description="Peak client learning rate")
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="Client SGD momentum")
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
+    clip_norm: float = Field(10.0, ge=0.0, description="Gradient norm limit; 0 = no limit")
+    augment: Literal["none", "crop", "crop_flip"] = Field(
+        "none", description="Random crop after padding by 1/8 of the side, and horizontal flip"
+    )
+    quorum: Fraction = Field(0.5, description="Least share of a cohort whose updates must be valid")
+    seed: int = Field(0, ge=0, lt=2**32, description="Root of every stream but the partition's")
+
+
+class EvaluateSettings(Section):
+    every: int = Field(5, ge=1, description="Evaluate each this many rounds, and at the end")
+    batch_size: int = Field(1000, ge=1)
+
+
+class ColdStartSettings(Section):
+    em_steps: int = Field(50, ge=1, le=10_000, description="EM steps for the label prior")
+    few_shot_epochs: int = Field(
+        2, ge=0, le=1000, description="Epochs of the fine-tuning reference row; 0 = leave it out"
+    )
+
+
+class TuneSettings(Section):
+    trials: int = Field(20, ge=1)
+
+
+class RuntimeSettings(Section):
+    workers: int = Field(0, ge=0, le=512, description="Worker processes; 0 = one a core")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto = bf16 where the processor multiplies it natively"
+    )
+
+
+class Settings(Section):
+    """The whole of params.yaml."""
+
+    data: DataSettings = DataSettings()
+    partition: PartitionSettings = PartitionSettings()
+    model: ModelSettings = ModelSettings()
+    method: SerializeAsAny[MethodSettings] = Field(default_factory=lambda: settings_for({}))
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    cold_start: ColdStartSettings = ColdStartSettings()
+    tune: TuneSettings = TuneSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Any:
+        return settings_for(value) if isinstance(value, Mapping) else value
+
+    def fingerprint(self, *sections: str) -> str:
+        """16 hex digits naming these sections' values (all sections if none is given)."""
+        return fingerprint_of(self.model_dump(mode="json", include=set(sections) or None))
+
+
+def fingerprint_of(values: Any) -> str:
+    """16 hex digits naming a JSON-able value."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_settings(path: str | Path = "params.yaml", overrides: Sequence[str] = ()) -> Settings:
+    """Read and check a parameter file.
+
+    Args:
+        path: YAML file (1.2; duplicate keys are refused).
+        overrides: `section.key=value` strings that win over the file, values in YAML.
+
+    Raises:
+        FedCoEError: one line per mistake: file, key, value, what is allowed.
+    """
+    path = Path(path)
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise FedCoEError(f"{path}: no such file; run this where params.yaml is") from None
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise FedCoEError(f"{path}: not readable as YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise FedCoEError(f"{path}: must be a mapping of sections, got {type(values).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not (equals and dot and name):
+            raise FedCoEError(f"override {override!r}: write section.key=value")
+        target = values.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise FedCoEError(f"override {override!r}: {path}: {section} is not a section")
+        try:
+            target[name] = yaml.load(text)
+        except YAMLError as error:
+            raise FedCoEError(f"override {override!r}: {_one_line(error)}") from None
+    return validate_settings(values, str(path))
+
+
+def validate_settings(values: Mapping[str, Any], source: str) -> Settings:
+    """Check a mapping of sections; `source` names it in errors."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise FedCoEError("; ".join(_describe(source, item) for item in error.errors())) from None
+
+
+def _describe(source: str, item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "(top level)"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        message = "unknown key; remove it or mend the spelling"
+    value = "" if isinstance(item["input"], Mapping | BaseModel) else f" = {item['input']!r}"
+    return f"{source}: {key}{value}: {message}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,109 @@
+"""The client level of the gate: how much each client belongs to each expert.
+
+S clients, M experts; `c` is always [clients, M] with rows that sum to 1.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment, linprog
+from scipy.sparse import csr_matrix, kron, identity, vstack
+
+Matrix = NDArray[np.float64]
+
+
+def normalise(c: Matrix, floor: float = 0.0) -> Matrix:
+    """Rows to sum 1, then (1 - floor) c + floor / M: no expert is ever out of reach."""
+    c = c / c.sum(axis=1, keepdims=True)
+    return np.asarray((1.0 - floor) * c + floor / c.shape[1])
+
+
+def from_losses(losses: Matrix, sharpness: float) -> Matrix:
+    """Correlation from [clients, M] mean losses: softmax(-sharpness * loss)."""
+    scaled = -sharpness * (losses - losses.min(axis=1, keepdims=True))
+    return normalise(np.exp(scaled))
+
+
+def hellinger(label_counts: NDArray[np.integer]) -> Matrix:
+    """[clients, C] counts to points whose Euclidean distance is the Hellinger distance of the
+    label mixes (times sqrt 2)."""
+    counts = label_counts.astype(np.float64)
+    return np.asarray(np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)))
+
+
+def from_similarity(
+    points: Matrix, experts: int, sharpness: float, rng: np.random.Generator, rounds: int = 20
+) -> Matrix:
+    """Correlation before experts differ: clients near each other share an expert.
+
+    Balanced k-means on the points (equal capacity through linear assignment; the best of several
+    seeded starts), then softmax of the negative squared distance to the centres.
+
+    Args:
+        points: [S, D], one a client.
+    """
+    clients = len(points)
+    capacity = -(-clients // experts)
+    best: tuple[float, Matrix] | None = None
+    for _ in range(8):
+        chosen = rng.choice(clients, size=experts, replace=clients < experts)
+        centres = points[chosen]
+        for _ in range(rounds):
+            squared = ((points[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2)
+            _, slots = linear_sum_assignment(np.repeat(squared, capacity, axis=1))
+            owner = slots // capacity
+            moved = np.stack(
+                [
+                    points[owner == m].mean(axis=0) if np.any(owner == m) else centres[m]
+                    for m in range(experts)
+                ]
+            )
+            if np.array_equal(moved, centres):
+                break
+            centres = moved
+        squared = ((points[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2)
+        cost = float(squared[np.arange(clients), owner].sum())
+        if best is None or cost < best[0] - 1e-12:
+            # The group decides dispatch, the distances how firmly: a client near two centres
+            # still belongs first to the group that has room for it.
+            bonus = np.full((clients, experts), 0.0)
+            bonus[np.arange(clients), owner] = 1.0
+            best = cost, sharpness * (bonus - squared)
+    assert best is not None
+    logits = best[1] - best[1].max(axis=1, keepdims=True)
+    return normalise(np.exp(logits))
+
+
+def dispatch(c: Matrix, per_client: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Give every client K experts so that the sum of log c is maximal under equal capacity.
+
+    Each expert gets between floor(nK/M) and ceil(nK/M) of the n clients: plain top-K starves
+    experts. The linear program is a transportation problem, so a vertex is integral; ties are
+    broken by draws from `rng`.
+
+    Args:
+        c: [n, M] correlation of the cohort, positive.
+        per_client: K <= M.
+
+    Returns:
+        [n, K] experts of each client, ascending.
+    """
+    clients, experts = c.shape
+    if per_client >= experts:
+        return np.tile(np.arange(experts), (clients, 1))
+    score = np.log(c) + 1e-6 * rng.random(c.shape)
+    each_client = kron(identity(clients), np.ones((1, experts)))
+    each_expert = csr_matrix(kron(np.ones((1, clients)), identity(experts)))
+    low, high = clients * per_client // experts, -(-clients * per_client // experts)
+    solution = linprog(
+        -score.reshape(-1),
+        A_ub=vstack([each_expert, -each_expert]),
+        b_ub=np.concatenate([np.full(experts, high), np.full(experts, -low)]),
+        A_eq=each_client,
+        b_eq=np.full(clients, per_client),
+        bounds=(0, 1),
+        method="highs-ds",
+    )
+    if solution.x is None:
+        raise RuntimeError(f"dispatch has no solution: {solution.message}")
+    taken = solution.x.reshape(clients, experts)
+    return np.sort(np.argsort(-taken, axis=1, kind="stable")[:, :per_client], axis=1)

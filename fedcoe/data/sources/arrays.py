@@ -1,0 +1,159 @@
+"""Your own data as one .npz file: x_train, y_train, x_test, y_test [, client_train] [, classes]."""
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcoe.data.dataset import MAX_BYTES, RawDataset
+from fedcoe.errors import FedCoEError
+
+_REQUIRED = ("x_train", "y_train", "x_test", "y_test")
+_OPTIONAL = ("client_train", "classes")
+_MAX_RATIO = 1032  # deflate cannot compress further
+
+
+def from_arrays(path: str | Path) -> RawDataset:
+    """Read an arrays file.
+
+    Images are uint8, [N,H,W], [N,H,W,C] or, where one reading alone is possible, [N,C,H,W] with
+    C 1 or 3. Labels are integers 0..C-1 and clients integers 0..K-1, none left out in training;
+    with `classes` (one string a class) a class may be absent.
+
+    Raises:
+        FedCoEError: what is wrong with the file, in one line.
+    """
+    path = Path(path)
+    try:
+        return _read(path)
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError) as error:
+        raise FedCoEError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _read(path: Path) -> RawDataset:
+    _check_sizes(path)
+    with np.load(path, allow_pickle=False) as file:
+        arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
+    x_train, x_test = (_images(name, arrays[name]) for name in ("x_train", "x_test"))
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise ValueError(
+            f"x_train has images of {list(x_train.shape[1:])} (H,W,C), "
+            f"x_test of {list(x_test.shape[1:])}"
+        )
+    classes = _classes(arrays)
+    y_train = _ids("y_train", arrays["y_train"], len(x_train), len(classes))
+    y_test = _ids("y_test", arrays["y_test"], len(x_test), len(classes))
+    if "classes" not in arrays:
+        _check_contiguous("y_train", y_train)
+    client_train, clients = None, 0
+    if "client_train" in arrays:
+        client_train = _ids("client_train", arrays["client_train"], len(x_train))
+        _check_contiguous("client_train", client_train)
+        clients = int(client_train.max()) + 1
+    return RawDataset(
+        x_train=x_train,
+        y_train=y_train,
+        x_test=x_test,
+        y_test=y_test,
+        classes=classes,
+        source=f"file {path.name}",
+        licence="not stated (own data)",
+        client_train=client_train,
+        clients=tuple(str(client) for client in range(clients)),
+    )
+
+
+def _check_sizes(path: Path) -> None:
+    """Compare what headers claim with what the file can hold, before anything is allocated."""
+    total = 0
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if len(members) != len(archive.infolist()):
+            raise ValueError("has two arrays of the same name")
+        if missing := [name for name in _REQUIRED if name not in members]:
+            raise ValueError(f"has no array {missing[0]}; needs {', '.join(_REQUIRED)}")
+        if unknown := sorted(members.keys() - {*_REQUIRED, *_OPTIONAL}):
+            raise ValueError(f"has an unknown array {unknown[0]!r}; {_OPTIONAL} are optional")
+        for name, info in members.items():
+            with archive.open(info) as file:
+                version = np.lib.format.read_magic(file)
+                if version not in ((1, 0), (2, 0)):
+                    raise ValueError(f"{name} is stored in npy format {version}, must be 1 or 2")
+                read_header = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read_header(file)
+                header = file.tell()
+            if dtype.hasobject:
+                raise ValueError(f"{name} holds Python objects; save plain numbers or strings")
+            claimed = math.prod(shape) * dtype.itemsize
+            if claimed != info.file_size - header or info.file_size > _MAX_RATIO * max(
+                info.compress_size, 64
+            ):
+                raise ValueError(f"{name} claims {claimed} bytes, which the file does not hold")
+            total += info.file_size
+    if total > MAX_BYTES:
+        raise ValueError(f"unpacks to {total / 2**30:.0f} GiB, at most {MAX_BYTES >> 30} are read")
+
+
+def _images(name: str, images: NDArray[Any]) -> NDArray[np.uint8]:
+    if images.dtype != np.uint8:
+        hint = "; for floats in 0..1: (x * 255).round().astype('uint8')"
+        raise ValueError(
+            f"{name} is {images.dtype}, must be uint8 (0..255){hint * (images.dtype.kind == 'f')}"
+        )
+    if images.ndim == 3:
+        return images[..., np.newaxis]
+    if images.ndim == 4:
+        first, last = images.shape[1] in (1, 3), images.shape[3] in (1, 3)
+        if last and not first:
+            return images
+        if first and not last:
+            return images.transpose(0, 2, 3, 1)
+    raise ValueError(
+        f"{name} has shape {list(images.shape)}, must be [N,H,W], [N,H,W,C] or [N,C,H,W] "
+        "with C 1 or 3, and only one of them possible"
+    )
+
+
+def _classes(arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
+    if "classes" not in arrays:
+        labels = arrays["y_train"]
+        integers = labels.size and labels.dtype.kind in "iu" and 0 <= labels.max() < len(labels)
+        # Where this guess is wrong, the check of y_train says how.
+        return tuple(str(label) for label in range(int(labels.max()) + 1 if integers else 0))
+    classes = arrays["classes"]
+    if classes.ndim != 1 or classes.dtype.kind != "U":
+        raise ValueError(
+            f"classes is {classes.dtype} {list(classes.shape)}, must be a list of strings"
+        )
+    return tuple(classes.tolist())
+
+
+def _ids(name: str, ids: NDArray[Any], count: int, limit: int | None = None) -> NDArray[Any]:
+    if ids.dtype.kind not in "iu" or ids.shape != (count,):
+        raise ValueError(f"{name} is {ids.dtype} {list(ids.shape)}, must be {count} integers")
+    if not count:
+        raise ValueError(f"{name} is empty")
+    limit = count if limit is None else limit
+    if ids.min() < 0 or ids.max() >= limit:
+        raise ValueError(
+            f"{name} runs from {ids.min()} to {ids.max()}; number them 0, 1, 2, ... "
+            "without gaps (np.unique(y, return_inverse=True)[1] does)"
+        )
+    return ids
+
+
+def _check_contiguous(name: str, ids: NDArray[Any]) -> None:
+    missing = np.flatnonzero(np.bincount(ids.astype(np.int64)) == 0)
+    if missing.size:
+        raise ValueError(
+            f"{name} has {missing[0]} nowhere, but goes up to {ids.max()}; number them "
+            "0, 1, 2, ... without gaps (np.unique(y, return_inverse=True)[1] does)"
+        )

@@ -1,0 +1,216 @@
+"""Your own data as a tree of images: one sub-folder a class, or one a client with classes inside.
+
+The tree is taken to come from a stranger: links out of it, images that unpack to gigabytes and
+files that are no images are refused by name.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fedcoe.data.dataset import MAX_BYTES, RawDataset
+from fedcoe.errors import FedCoEError
+from fedcoe.streams import stream
+
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+_IGNORED = frozenset({".txt", ".md"})
+_GRAY = frozenset({"1", "L", "LA"})
+_COLOUR = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+_MAX_PIXELS = 64_000_000
+_TEST = 0.2
+
+
+class _Item(NamedTuple):
+    client: str  # "" without clients
+    label: str
+    path: Path
+
+
+def from_folder(path: str | Path, seed: int = 0) -> RawDataset:
+    """Read a folder of images (png, jpg, jpeg, bmp, webp).
+
+    Layouts: `class/image` or `client/class/image`, told apart by depth. With `train/` and `test/`
+    at the top each of them has one of these layouts; without, a fifth of every class is drawn as
+    test, evenly over the clients, and every client keeps training images. Classes and clients are
+    numbered in the order of their names. Images of another size than the most common one are
+    resized to it, colours are kept unless every image is gray; `notes` of the result say so.
+
+    Args:
+        path: the folder.
+        seed: of the drawn split.
+
+    Raises:
+        FedCoEError: naming the file or folder and what is wrong with it.
+    """
+    path = Path(path)
+    try:
+        root = path.resolve(strict=True)
+        tops = {entry.name for entry in root.iterdir() if not _ignored(entry)}
+        if not {"train", "test"} <= tops:
+            if tops in ({"train"}, {"test"}):
+                raise FedCoEError(f"{path}: has {tops.pop()}/ alone; needs train/ and test/")
+            items = _items(root, root)
+            test = _draw_test(path, items, seed)
+            trained = [item for item, out in zip(items, test, strict=True) if not out]
+            tested = [item for item, out in zip(items, test, strict=True) if out]
+        elif tops > {"train", "test"}:
+            other = sorted(tops - {"train", "test"})[0]
+            raise FedCoEError(f"{path / other}: stands beside train/ and test/; move it away")
+        else:
+            trained, tested = (_items(root / split, root) for split in ("train", "test"))
+    except OSError as error:
+        raise FedCoEError(f"{error.filename or path}: {error.strerror or error}") from None
+    return _assemble(root, trained, tested)
+
+
+def _assemble(root: Path, trained: list[_Item], tested: list[_Item]) -> RawDataset:
+    classes = sorted({item.label for item in trained})
+    clients = sorted({item.client for item in trained} - {""})
+    index = {label: i for i, label in enumerate(classes)}
+    for item in tested:
+        if item.label not in index:
+            raise FedCoEError(f"{item.path}: class {item.label!r} has no training image")
+    headers = [_header(item.path) for item in (*trained, *tested)]
+    sizes = Counter(size for size, _ in headers)
+    size = max(sizes, key=lambda key: (sizes[key], key))
+    mode = "L" if all(gray for _, gray in headers) else "RGB"
+    total = len(headers) * size[0] * size[1] * len(mode)
+    if total > MAX_BYTES:
+        raise FedCoEError(
+            f"{root}: {len(headers)} images of {size[0]}x{size[1]} need {total / 2**30:.0f} GiB, "
+            f"at most {MAX_BYTES >> 30} are read; make the images smaller"
+        )
+    notes = []
+    if others := len(headers) - sizes[size]:
+        notes.append(
+            f"{others} of {len(headers)} images resized to the most common size, "
+            f"{size[0]}x{size[1]}"
+        )
+    if mode == "RGB" and (grays := sum(gray for _, gray in headers)):
+        notes.append(f"{grays} of {len(headers)} images are gray and were turned into RGB")
+    return RawDataset(
+        x_train=_pixels(trained, size, mode),
+        y_train=np.array([index[item.label] for item in trained]),
+        x_test=_pixels(tested, size, mode),
+        y_test=np.array([index[item.label] for item in tested]),
+        classes=tuple(classes),
+        source=f"folder {root.name}",
+        licence="not stated (own data)",
+        client_train=(
+            np.searchsorted(clients, [item.client for item in trained]) if clients else None
+        ),
+        clients=tuple(clients),
+        notes=tuple(notes),
+    )
+
+
+def _items(folder: Path, root: Path) -> list[_Item]:
+    files = list(_walk(folder, root, depth=1))
+    if not files:
+        raise FedCoEError(f"{folder}: holds no images ({', '.join(sorted(_SUFFIXES))})")
+    by_depth = {len(file.relative_to(folder).parts): file for file in files}
+    if len(by_depth) > 1:
+        one, other = (by_depth[depth] for depth in sorted(by_depth)[:2])
+        raise FedCoEError(
+            f"{folder}: mixes layouts ({one.relative_to(folder)} and {other.relative_to(folder)}); "
+            "use class/image or client/class/image throughout"
+        )
+    if 1 in by_depth:
+        raise FedCoEError(f"{by_depth[1]}: is in no class; use class/image or client/class/image")
+    return [
+        _Item("" if len(parts) == 2 else parts[0], parts[-2], file)
+        for file in files
+        for parts in (file.relative_to(folder).parts,)
+    ]
+
+
+def _ignored(entry: Path) -> bool:
+    return entry.name.startswith(".") or entry.suffix.lower() in _IGNORED
+
+
+def _walk(folder: Path, root: Path, depth: int) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if _ignored(entry):
+            continue
+        if entry.is_symlink():
+            target = entry.resolve()
+            if not target.is_relative_to(root):
+                raise FedCoEError(f"{entry}: is a link that leaves the folder; copy the file there")
+            if not target.is_file():
+                raise FedCoEError(f"{entry}: is a link, but not to an image; remove it")
+        if entry.is_dir():
+            if depth > 2:
+                raise FedCoEError(
+                    f"{entry}: is too deep; use class/image or client/class/image throughout"
+                )
+            yield from _walk(entry, root, depth + 1)
+        elif entry.suffix.lower() in _SUFFIXES and entry.is_file():
+            yield entry
+        else:
+            raise FedCoEError(
+                f"{entry}: is not an image ({', '.join(sorted(_SUFFIXES))}); move it away"
+            )
+
+
+def _draw_test(path: Path, items: list[_Item], seed: int) -> NDArray[np.bool_]:
+    labels = np.array([item.label for item in items])
+    clients = np.array([item.client for item in items])
+    test = np.zeros(len(items), dtype=bool)
+    shuffled = stream(seed, "folder_split").permutation(len(items))
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        if len(members) < 2:
+            raise FedCoEError(f"{path}: class {label} has one image; training and test need two")
+        # In the order of the clients, evenly spaced picks take the same share of each of them.
+        members = members[np.argsort(clients[members], kind="stable")]
+        count = max(1, round(_TEST * len(members)))
+        test[members[((np.arange(count) + 0.5) * len(members) / count).astype(int)]] = True
+    for client in np.unique(clients):
+        own = np.flatnonzero(clients == client)
+        if test[own].all():
+            test[own[0]] = False
+    return test
+
+
+def _header(path: Path) -> tuple[tuple[int, int], bool]:
+    """(width, height) and whether it is gray, without decoding."""
+    with _open(path) as image:
+        if image.width * image.height > _MAX_PIXELS:
+            raise FedCoEError(f"{path}: {image.width}x{image.height} pixels, far too large")
+        if image.mode not in _GRAY | _COLOUR:
+            raise FedCoEError(f"{path}: has more than 8 bits a channel; convert it to 8 bits")
+        return image.size, image.mode in _GRAY
+
+
+def _pixels(items: list[_Item], size: tuple[int, int], mode: str) -> NDArray[np.uint8]:
+    pixels = np.empty((len(items), size[1], size[0], len(mode)), dtype=np.uint8)
+    for row, item in enumerate(items):
+        with _open(item.path) as image:
+            try:
+                image = image.convert(mode)
+            except Exception as error:  # decoders meet broken files with any exception
+                raise _unreadable(item.path, error) from None
+            if image.size != size:
+                image = image.resize(size, Image.Resampling.BILINEAR)
+            pixels[row] = np.asarray(image).reshape(pixels.shape[1:])
+    return pixels
+
+
+def _open(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(path, formats=_FORMATS)
+    except Exception as error:  # decoders meet broken files with any exception
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> FedCoEError:
+    return FedCoEError(f"{path}: not readable as an image ({' '.join(str(error).split())})")

@@ -1,0 +1,42 @@
+"""Clients' data as a worker sees it: memory-mapped arrays and an index, nothing copied early."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcoe.data.dataset import Dataset
+from fedcoe.data.feature_skew import apply_skew
+from fedcoe.data.partition import TEST, TRAIN, VALIDATION, Partition
+
+__all__ = ["TEST", "TRAIN", "VALIDATION", "ClientData"]
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """Images and labels by client and split, with the client's feature skew applied."""
+
+    dataset: Dataset
+    partition: Partition
+
+    def images(self, client: int, split: int) -> NDArray[np.uint8]:
+        """[n, H, W, C] of one client's split, in the order of the sample index."""
+        rows = self.partition.indices(client, split)
+        group = int(self.partition.group[client])
+        return apply_skew(self.dataset.x_train[rows], self.partition.skew, group)
+
+    def labels(self, client: int, split: int) -> NDArray[np.int64]:
+        """[n], in the order of `images`."""
+        return np.asarray(self.dataset.y_train[self.partition.indices(client, split)])
+
+    def train(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        return self.images(client, TRAIN), self.labels(client, TRAIN)
+
+    def global_test(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Rows of the official test set, each under the feature group it was given."""
+        images = np.array(self.dataset.x_test[rows])
+        groups = self.partition.test_group[rows]
+        for group in np.unique(groups):
+            mine = groups == group
+            images[mine] = apply_skew(images[mine], self.partition.skew, int(group))
+        return images

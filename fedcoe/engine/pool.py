@@ -1,0 +1,162 @@
+"""Engines: where the clients' side of a method runs on this machine.
+
+An engine holds clients' data and a trainer and runs functions beside them. Methods hand it
+functions of a `ClientSide`; they never know how many processes there are. Results are the same
+bytes whatever the number of workers: each model is trained by one thread, and sums are exact.
+"""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+import torch
+
+from fedcoe.data.dataset import load_dataset
+from fedcoe.data.partition import load_partition
+from fedcoe.engine.clients import ClientData
+from fedcoe.engine.trainer import Trainer
+from fedcoe.errors import FedCoEError
+from fedcoe.state import PersonalStore
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class ClientSide:
+    """What client functions may touch: clients' data, a trainer, personal experts on disk."""
+
+    data: ClientData
+    trainer: Trainer
+    personal: PersonalStore
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a worker finds what it needs; small, so that it travels to new processes."""
+
+    data: Path
+    partitions: Path
+    personal: Path
+    model: str
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    exported: bool = False
+    """Whether `personal` is the folder of a trained run's models."""
+
+    def open(self) -> ClientSide:
+        # One thread a process: two OpenMP threads beside another busy process are several times
+        # slower than one, and results must not depend on the thread count.
+        torch.set_num_threads(1)
+        dataset = load_dataset(self.data)
+        info = dataset.info
+        height, width, channels = info.shape
+        trainer = Trainer(
+            self.model,
+            (height, width, channels),
+            len(info.classes),
+            info.mean,
+            info.std,
+            self.precision,
+        )
+        return ClientSide(
+            ClientData(dataset, load_partition(self.partitions)),
+            trainer,
+            PersonalStore(self.personal, trainer.flat.layout if self.exported else None),
+        )
+
+
+_side: ClientSide | None = None
+
+
+def _start(site: Site) -> None:
+    global _side
+    _side = site.open()
+
+
+def _call(function: Callable[..., R], args: tuple[object, ...]) -> R:
+    assert _side is not None
+    return function(_side, *args)
+
+
+class Engine:
+    """Persistent single-threaded worker processes, one a core; with one worker, this process.
+
+    Use as a context manager; workers end with it.
+    """
+
+    def __init__(self, site: Site, workers: int = 0) -> None:
+        self.site = site
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self._lock = threading.Lock()
+        self._inline: ClientSide | None = None
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self.workers == 1:
+            self._inline = self.site.open()
+        else:
+            self._pool = self._new_pool()
+            # Workers import torch while the caller goes on.
+            for _ in range(self.workers):
+                self._pool.submit(os.getpid)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = self._inline = None
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self.workers, multiprocessing.get_context("spawn"), _start, (self.site,)
+        )
+
+    def run(self, function: Callable[..., R], *args: object) -> R:
+        """Call `function(side, *args)` in a worker and wait; safe to call from several threads.
+
+        Raises:
+            FedCoEError: a worker process died twice at this work. It is replaced once, in
+                silence: a worker lost to a passing lack of memory must not end a long run.
+        """
+        if self._inline is not None:
+            with self._lock:
+                return function(self._inline, *args)
+        for _ in range(2):
+            pool = self._pool
+            assert pool is not None
+            try:
+                return pool.submit(_call, function, args).result()
+            except BrokenProcessPool:
+                with self._lock:
+                    if self._pool is pool:
+                        pool.shutdown(wait=False)
+                        self._pool = self._new_pool()
+        raise FedCoEError(
+            "a worker process died twice at the same work; most often memory ran out: "
+            "lower runtime.workers or train.batch_size"
+        )
+
+    def map(
+        self, function: Callable[..., R], *args: object, over: Sequence[object]
+    ) -> list[R]:
+        """`function(side, *args, item)` for every item, at once; results in the items' order."""
+        with ThreadPoolExecutor(max(len(over), 1)) as threads:
+            return list(threads.map(lambda item: self.run(function, *args, item), over))
+
+    def shards(self, clients: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+        """Deal clients to workers so that the sums of their sizes are nearly equal.
+
+        Largest first, each to the least loaded worker. Empty shards are left out.
+        """
+        loads = [0] * self.workers
+        shards: list[list[int]] = [[] for _ in loads]
+        for client, size in sorted(zip(clients, sizes, strict=True), key=lambda c: (-c[1], c[0])):
+            least = loads.index(min(loads))
+            loads[least] += size
+            shards[least].append(client)
+        return [shard for shard in shards if shard]

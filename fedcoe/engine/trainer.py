@@ -1,0 +1,213 @@
+"""The sequential trainer: the reference that every other engine must reproduce.
+
+One model after another, each on one client's training split, with SGD on a flat parameter buffer.
+Batches are cut, augmented and normalised whole; no Python runs per sample.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedcoe.engine.clients import ClientData
+from fedcoe.models import build_expert
+from fedcoe.models.flat import FlatModel, Vector
+from fedcoe.streams import stream
+
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What every client does in a round. `lr` is this round's, after the schedule."""
+
+    round: int
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    clip_norm: float
+    augment: Literal["none", "crop", "crop_flip"]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One model to train on one client's training split of n samples.
+
+    Args:
+        client: whose data.
+        name: what is trained, e.g. the expert's index; returned with the result.
+        start: [P] initial parameters.
+        logit_shift: [C] added to the logits inside the loss (balanced softmax: log prior).
+        sample_weights: [n] responsibilities; the loss is their weighted mean in each batch.
+        anchor: [P] parameters that `pull` / 2 * ||v - anchor||^2 draws the model to.
+    """
+
+    client: int
+    name: int
+    start: Vector
+    logit_shift: NDArray[np.float32] | None = None
+    sample_weights: NDArray[np.float32] | None = None
+    anchor: Vector | None = None
+    pull: float = 0.0
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A trained model: [P] parameters, mean loss over its last epoch, samples processed."""
+
+    vector: Vector
+    loss: float
+    images: int
+
+
+def native_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 natively (AVX512-BF16 or AMX)."""
+    return bool(
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ) and any(
+        getattr(torch.cpu, name, lambda: False)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+class Trainer:
+    """Trains and runs experts of one architecture on this process's device.
+
+    Args:
+        model: architecture name.
+        shape: height, width, channels.
+        classes: number of classes.
+        mean, std: per channel, in units of [0, 1].
+        precision: fp32, bf16, or auto (bf16 where it is native).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        shape: tuple[int, int, int],
+        classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        precision: Literal["auto", "fp32", "bf16"] = "fp32",
+    ) -> None:
+        self.flat = FlatModel(build_expert(model, shape, classes, seed=0))
+        self.bf16 = precision == "bf16" or (precision == "auto" and native_bf16())
+        channels = (1, shape[2], 1, 1)
+        self._scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float32).view(channels))
+        self._shift = -torch.tensor(mean, dtype=torch.float32).view(channels) / torch.tensor(
+            std, dtype=torch.float32
+        ).view(channels)
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the linear head; they stand last in the flat vector."""
+        return sum(p.numel() for p in self.flat.module.head.parameters())  # type: ignore[union-attr]
+
+    def prepare(self, images: Images | Tensor) -> Tensor:
+        """uint8 [B, H, W, C] to normalised float [B, C, H, W] in channels-last memory."""
+        x = torch.tensor(images) if isinstance(images, np.ndarray) else images
+        x = x.permute(0, 3, 1, 2)
+        return torch.addcmul(self._shift, x, self._scale)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    def fit(
+        self, fits: Iterable[Fit], work: LocalWork, data: ClientData
+    ) -> Iterator[tuple[Fit, FitResult]]:
+        """Train models one after another; results come in the order of `fits`."""
+        for fit in fits:
+            yield fit, self._fit(fit, work, *data.train(fit.client))
+
+    def _fit(self, fit: Fit, work: LocalWork, images: Images, labels: NDArray[np.int64]) -> FitResult:
+        flat, model = self.flat, self.flat.module
+        flat.load(fit.start)
+        velocity = torch.zeros_like(flat.vector)
+        anchor = None if fit.anchor is None else torch.from_numpy(fit.anchor)
+        shift = None if fit.logit_shift is None else torch.from_numpy(fit.logit_shift)
+        weights = None if fit.sample_weights is None else torch.from_numpy(fit.sample_weights)
+        x_all, y_all = torch.from_numpy(images), torch.from_numpy(labels)
+        rng = stream(work.seed, "batches", work.round, fit.client)
+        count, total = len(labels), 0.0
+        for _ in range(work.epochs):
+            order = torch.from_numpy(rng.permutation(count))
+            total = 0.0
+            for rows in order.split(work.batch_size):
+                batch = augment(x_all[rows], work.augment, rng)
+                with self._autocast():
+                    logits = model(self.prepare(batch))
+                logits = logits.float() if shift is None else logits.float() + shift
+                if weights is None:
+                    loss = F.cross_entropy(logits, y_all[rows])
+                else:
+                    r = weights[rows]
+                    each = F.cross_entropy(logits, y_all[rows], reduction="none")
+                    loss = (r * each).sum() / r.sum().clamp_min(1e-6)
+                flat.gradient.zero_()
+                loss.backward()  # type: ignore[no-untyped-call]
+                gradient = flat.gradient
+                if work.weight_decay:
+                    gradient.add_(flat.vector, alpha=work.weight_decay)
+                if anchor is not None and fit.pull:
+                    gradient.add_(flat.vector - anchor, alpha=fit.pull)
+                if work.clip_norm:
+                    norm = float(torch.linalg.vector_norm(gradient))
+                    if norm > work.clip_norm:
+                        gradient.mul_(work.clip_norm / norm)
+                velocity.mul_(work.momentum).add_(gradient)
+                flat.vector.add_(velocity, alpha=-work.lr)
+                total += float(loss.detach()) * len(rows)
+        return FitResult(flat.read(), total / count, count * work.epochs)
+
+    @torch.inference_mode()
+    def outputs(
+        self, vector: Vector, images: Images, batch_size: int, features: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Run one model over n images.
+
+        Returns:
+            [n, C] logits and, if asked for, [n, D] penultimate features.
+        """
+        self.flat.load(vector)
+        expert = self.flat.module
+        logits, penultimate = [], []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            with self._autocast():
+                hidden = expert.features(self.prepare(batch))  # type: ignore[operator]
+                logits.append(expert.head(hidden).float())  # type: ignore[operator]
+            if features:
+                penultimate.append(hidden.float())
+        return torch.cat(logits).numpy(), torch.cat(penultimate).numpy() if features else None
+
+
+def augment(
+    images: Tensor, kind: Literal["none", "crop", "crop_flip"], rng: np.random.Generator
+) -> Tensor:
+    """Shift (after padding with black by 1/8 of the side) and mirror a whole uint8 batch.
+
+    Args:
+        images: [B, H, W, C].
+    """
+    if kind == "none":
+        return images
+    count, height, width, _ = images.shape
+    pad = max(1, height // 8)
+    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    top = torch.from_numpy(rng.integers(0, 2 * pad + 1, count))
+    left = torch.from_numpy(rng.integers(0, 2 * pad + 1, count))
+    rows = top[:, None] + torch.arange(height)
+    columns = left[:, None] + torch.arange(width)
+    if kind == "crop_flip":
+        mirrored = torch.from_numpy(rng.random(count) < 0.5)
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    sample = torch.arange(count)[:, None, None]
+    return padded[sample, rows[:, :, None], columns[:, None, :]]

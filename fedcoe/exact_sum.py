@@ -1,0 +1,48 @@
+"""Sums whose result does not depend on the order of their terms.
+
+Floating-point addition is not associative: the same clients, in another order or dealt to another
+number of workers, give another last bit, and after some rounds another model. Here every term is
+rounded once to a fixed grid and added as a 64-bit integer, which is exact in any order. It also
+lets a worker add up its own clients and send one total (streaming), and is the form that secure
+aggregation works on.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass
+class ExactSum:
+    """A running sum of arrays on a grid of 2**-bits.
+
+    The sum must stay below 2**(63 - bits) in magnitude. `bits` = 40 holds sums up to 8 million
+    at a resolution of 1e-12, far finer than float32's on weights and features of order one.
+    """
+
+    total: NDArray[np.int64]
+    bits: int = 40
+
+    @classmethod
+    def zeros(cls, shape: int | tuple[int, ...], bits: int = 40) -> "ExactSum":
+        return cls(np.zeros(shape, np.int64), bits)
+
+    def add(self, term: NDArray[np.floating], weight: float = 1.0) -> None:
+        """Add `weight * term`.
+
+        Raises:
+            OverflowError: a value is not finite or too large for the grid.
+        """
+        scaled = term.astype(np.float64) * (weight * 2.0**self.bits)
+        # 2**9 such terms still fit beside each other.
+        if not np.all(np.abs(scaled) < 2.0**54):
+            raise OverflowError("a term is not finite or too large to be added exactly")
+        self.total += np.rint(scaled, out=scaled).astype(np.int64)
+
+    def merge(self, other: "ExactSum") -> None:
+        """Add another running sum."""
+        self.total += other.total
+
+    def value(self) -> NDArray[np.float64]:
+        return self.total.astype(np.float64) * 2.0**-self.bits

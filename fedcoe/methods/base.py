@@ -1,0 +1,478 @@
+"""What a method is: a handful of functions from state to state, on the server or beside clients.
+
+The round loop (`flows/federated_training.py`) calls them in this order:
+
+    init                          server    initial experts
+    dispatch                      server    who trains what
+    local_train                   clients   -> one `LocalResult` a shard
+    aggregate                     server    -> new experts
+    gate_message, gate_update     clients, server (only methods with a gate)
+    score, predict_*              wherever something is predicted
+
+Functions that take a `ClientSide` run in workers; all others on the server. The defaults here are
+those of a pool of experts without a gate; with one expert they are FedAvg.
+"""
+
+from abc import ABC
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcoe import prediction
+from fedcoe.config import Settings
+from fedcoe.engine.clients import TRAIN, ClientData
+from fedcoe.engine.pool import ClientSide
+from fedcoe.engine.trainer import Fit, LocalWork, Trainer
+from fedcoe.exact_sum import ExactSum
+from fedcoe.methods.settings import MethodSettings
+from fedcoe.models import build_expert
+from fedcoe.models.flat import initial_vector
+from fedcoe.prediction import Log
+from fedcoe.state import ServerState
+from fedcoe.streams import stream
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What the server knows before the first round. S seen clients, C classes."""
+
+    settings: Settings
+    shape: tuple[int, int, int]
+    classes: int
+    label_counts: NDArray[np.int64]
+    """[S, C] of the seen clients' training splits."""
+    names: tuple[str, ...]
+    """[S] of the seen clients."""
+    groups: tuple[int, ...]
+    """[S] feature groups, for tables only: no method reads them."""
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, settings: Settings, data: ClientData) -> "Federation":
+        """Read it off a dataset and its partition."""
+        info, partition = data.dataset.info, data.partition
+        height, width, channels = info.shape
+        counts = partition.label_counts(data.dataset.y_train, len(info.classes), TRAIN)
+        return cls(
+            settings,
+            (height, width, channels),
+            len(info.classes),
+            counts[: partition.seen],
+            partition.names[: partition.seen],
+            tuple(int(group) for group in partition.group[: partition.seen]),
+            tuple(info.classes),
+            tuple(info.mean),
+            tuple(info.std),
+        )
+
+    @property
+    def clients(self) -> int:
+        return len(self.label_counts)
+
+    @property
+    def train_counts(self) -> NDArray[np.int64]:
+        """[S] training samples of each seen client."""
+        return np.asarray(self.label_counts.sum(axis=1))
+
+    @property
+    def label_prior(self) -> NDArray[np.float64]:
+        """[C] of all seen clients' training data together."""
+        return prediction.prior_from_counts(self.label_counts.sum(axis=0))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one client of the cohort is asked to train: experts and their aggregation weights
+    n_k c[k,m], normalised over the cohort for each expert."""
+
+    client: int
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass
+class LocalResult:
+    """What one shard of clients sends back: exact sums, never single updates."""
+
+    updates: ExactSum
+    """[M, P] sum of weight * (trained - sent)."""
+    weights: ExactSum
+    """[M] sum of weights of valid updates."""
+    square_norms: ExactSum
+    """[M] sum of weight * ||trained - sent||^2, for drift."""
+    images: int = 0
+    loss: float = 0.0
+    """Sum over experts' fits of mean loss * samples."""
+    samples: int = 0
+    personal: list[int] = field(default_factory=list)
+    """Clients whose personal expert was trained."""
+    sketches: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    """Client to a short sketch of its update."""
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def zeros(cls, experts: int, parameters: int) -> "LocalResult":
+        return cls(
+            ExactSum.zeros((experts, parameters)),
+            ExactSum.zeros(experts),
+            ExactSum.zeros(experts, bits=30),
+        )
+
+    def merge(self, other: "LocalResult") -> None:
+        self.updates.merge(other.updates)
+        self.weights.merge(other.weights)
+        self.square_norms.merge(other.square_norms)
+        self.images += other.images
+        self.loss += other.loss
+        self.samples += other.samples
+        self.personal += other.personal
+        self.sketches |= other.sketches
+        self.dropped += other.dropped
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every model's outputs for n images, computed once and shared by all predictions."""
+
+    experts: NDArray[np.float32]
+    """[M, n, C] logits."""
+    gate: NDArray[np.float32] | None = None
+    """[n, M]."""
+    head: NDArray[np.float32] | None = None
+    """[n, C] of the coordination head."""
+    personal: NDArray[np.float32] | None = None
+    """[n, C] logits of the client's personal expert."""
+
+    def rows(self, part: slice) -> "Scores":
+        """The same outputs for some of the images."""
+
+        def cut(a: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+            return None if a is None else a[part]
+
+        return Scores(self.experts[:, part], cut(self.gate), cut(self.head), cut(self.personal))
+
+
+class Method(ABC):
+    """Base of all methods: `settings` and `federation` are its only state."""
+
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    has_gate: ClassVar[bool] = False
+
+    def __init__(self, federation: Federation) -> None:
+        self.federation = federation
+        self.settings: Any = federation.settings.method
+
+    # ---------------------------------------------------------------- server
+
+    @property
+    def experts(self) -> int:
+        """M."""
+        return 1
+
+    def init(self) -> ServerState:
+        """Initial state: all experts start from the same weights, so their updates compare."""
+        f = self.federation
+        seed = int(stream(f.settings.train.seed, "init").integers(2**31))
+        vector = initial_vector(build_expert(f.settings.model.name, f.shape, f.classes, seed))
+        experts = np.tile(vector, (self.experts, 1))
+        return ServerState(
+            round=0,
+            experts=experts,
+            momentum=np.zeros_like(experts),
+            correlation=np.full((f.clients, self.experts), 1.0 / self.experts),
+            dispatched=np.zeros((f.clients, self.experts), np.int64),
+            personal_round=np.zeros(f.clients, np.int64),
+            share=np.zeros(f.clients),
+        )
+
+    def cohort(self, state: ServerState) -> list[int]:
+        """Seen clients that take part in the coming round, ascending. Equal for all methods."""
+        train = self.federation.settings.train
+        size = max(1, round(self.federation.clients * train.cohort))
+        rng = stream(train.seed, "cohort", state.round + 1)
+        chosen = rng.choice(self.federation.clients, size, replace=False)
+        return sorted(int(k) for k in chosen)
+
+    def dispatch(self, state: ServerState, cohort: Sequence[int]) -> list[Order]:
+        """Everyone trains every expert."""
+        return self.orders(state, cohort, np.tile(np.arange(self.experts), (len(cohort), 1)))
+
+    def orders(
+        self, state: ServerState, cohort: Sequence[int], experts: NDArray[np.int64]
+    ) -> list[Order]:
+        """Attach the weights a[k,m] = n_k c[k,m] / sum_j n_j c[j,m] to a dispatch [n, K]."""
+        n = self.federation.train_counts[list(cohort)]
+        raw = n[:, None] * np.take_along_axis(state.correlation[list(cohort)], experts, axis=1)
+        total = np.bincount(experts.ravel(), raw.ravel(), minlength=self.experts)
+        weights = raw / total[experts]
+        return [
+            Order(client, tuple(map(int, mine)), tuple(map(float, w)))
+            for client, mine, w in zip(cohort, experts, weights, strict=True)
+        ]
+
+    def aggregate(
+        self, state: ServerState, orders: Sequence[Order], results: Sequence[LocalResult]
+    ) -> ServerState:
+        """theta_m <- theta_m + eta * v_m,  v_m <- beta v_m + sum_k a[k,m] (theta_km - theta_m).
+
+        An expert that nobody trained stays as it is.
+        """
+        total = merged(results)
+        weight = total.weights.value()
+        trained = weight > 0
+        step = total.updates.value() / np.where(trained, weight, 1.0)[:, None]
+        momentum = self.settings.server_momentum * state.momentum + step
+        experts = state.experts + self.settings.server_lr * momentum
+        personal = state.personal_round.copy()
+        personal[total.personal] = state.round + 1
+        dispatched = state.dispatched.copy()
+        for order in orders:
+            dispatched[order.client, list(order.experts)] += 1
+        keep = ~trained[:, None]
+        return replace(
+            state,
+            round=state.round + 1,
+            experts=np.where(keep, state.experts, experts).astype(np.float32),
+            momentum=np.where(keep, state.momentum, momentum).astype(np.float32),
+            personal_round=personal,
+            dispatched=dispatched,
+        )
+
+    def gate_update(self, state: ServerState, messages: Sequence[Any]) -> ServerState:
+        """Server half of the gate update; only called when `has_gate`."""
+        return state
+
+    # --------------------------------------------------------------- clients
+
+    def work(self, round_: int) -> LocalWork:
+        """This round's local work, after the learning-rate schedule."""
+        t = self.federation.settings.train
+        progress = (round_ - 1) / t.rounds
+        factor = 0.5 * (1 + np.cos(np.pi * progress)) if t.lr_schedule == "cosine" else 1.0
+        return LocalWork(
+            round_,
+            t.local_epochs,
+            t.batch_size,
+            t.lr * float(factor),
+            t.momentum,
+            t.weight_decay,
+            t.clip_norm,
+            t.augment,
+            t.seed,
+        )
+
+    def logit_shift(self, client: int) -> NDArray[np.float32] | None:
+        """[C] log label prior for balanced softmax, or None where that is off."""
+        if not self.settings.balanced_softmax:
+            return None
+        return np.log(prediction.prior_from_counts(self.federation.label_counts[client])).astype(
+            np.float32
+        )
+
+    def fits(self, side: ClientSide, state: ServerState, order: Order) -> list[Fit]:
+        """The models one client trains this round; `name` is the expert, -1 a personal one."""
+        shift = self.logit_shift(order.client)
+        return [Fit(order.client, m, state.experts[m], shift) for m in order.experts]
+
+    def local_train(
+        self, side: ClientSide, state: ServerState, orders: Sequence[Order]
+    ) -> LocalResult:
+        """Train one shard of the cohort and add its updates up, one at a time."""
+        result = LocalResult.zeros(*state.experts.shape)
+        by_client = {order.client: order for order in orders}
+        fits = (fit for order in orders for fit in self.fits(side, state, order))
+        for fit, trained in side.trainer.fit(fits, self.work(state.round + 1), side.data):
+            result.images += trained.images
+            if not np.all(np.isfinite(trained.vector)):
+                result.dropped["not finite"] += 1
+                continue
+            if fit.name < 0:
+                side.personal.save(fit.client, state.round + 1, trained.vector)
+                result.personal.append(fit.client)
+                continue
+            order = by_client[fit.client]
+            weight = order.weights[order.experts.index(fit.name)]
+            delta = trained.vector.astype(np.float64) - state.experts[fit.name]
+            add_at(result, fit.name, delta, weight)
+            result.loss += trained.loss * trained.images
+            result.samples += trained.images
+            self.note(side, state, result, fit, delta)
+        return result
+
+    def note(
+        self,
+        side: ClientSide,
+        state: ServerState,
+        result: LocalResult,
+        fit: Fit,
+        delta: NDArray[np.float64],
+    ) -> None:
+        """Hook: what else a client reports about an update."""
+
+    def gate_message(self, side: ClientSide, state: ServerState, clients: Sequence[int]) -> Any:
+        """Clients' half of the gate update for one shard; only called when `has_gate`."""
+        return None
+
+    # ------------------------------------------------------------ prediction
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch when nothing is trained."""
+        return self.federation.settings.evaluate.batch_size
+
+    def score(self, trainer: Trainer, state: ServerState, images: NDArray[np.uint8]) -> Scores:
+        """Run every global model once over n images [n, H, W, C]."""
+        return Scores(
+            np.stack([trainer.outputs(v, images, self.batch_size)[0] for v in state.experts])
+        )
+
+    def personal_logits(
+        self, side: ClientSide, state: ServerState, client: int, images: NDArray[np.uint8]
+    ) -> NDArray[np.float32] | None:
+        """[n, C] of a seen client's personal expert, or None if it has none yet."""
+        last = int(state.personal_round[client])
+        if not last:
+            return None
+        vector = side.personal.load(client, last)
+        return side.trainer.outputs(vector, images, self.batch_size)[0]
+
+    @property
+    def trained_prior(self) -> NDArray[np.float64]:
+        """[C] label prior that the experts' outputs assume: uniform with balanced softmax."""
+        if self.settings.balanced_softmax:
+            return np.full(self.federation.classes, 1.0 / self.federation.classes)
+        return self.federation.label_prior
+
+    def calibrate(
+        self,
+        state: ServerState,
+        validation: Mapping[int, tuple[Scores, NDArray[np.int64]]],
+    ) -> ServerState:
+        """Fit temperatures and weights on the seen clients' validation splits, by client."""
+        return state
+
+    def log_gate(self, state: ServerState, scores: Scores) -> Log:
+        """[n, M] log g(x): uniform without a gate."""
+        count, experts = scores.experts.shape[1], self.experts
+        return np.full((count, experts), -np.log(experts))
+
+    def predict_global(self, state: ServerState, scores: Scores) -> Log:
+        """[n, C] log probabilities, knowing nothing about the client."""
+        experts = prediction.log_posterior(scores.experts)
+        return prediction.mixture(experts, np.full(self.experts, -np.log(self.experts)))
+
+    def predict_with(
+        self,
+        state: ServerState,
+        scores: Scores,
+        prior: NDArray[np.float64] | None,
+        correlation: NDArray[np.float64] | None,
+    ) -> Log:
+        """Global prediction, knowing a client's label prior [C] and correlation [M]."""
+        log_p = self.predict_global(state, scores)
+        if prior is None or not self.settings.reweighting:
+            return log_p
+        return prediction.reweight(log_p, prior, self.trained_prior)
+
+    def predict_client(
+        self, state: ServerState, client: int, scores: Scores, share: float
+    ) -> Log:
+        """Personalized prediction; `share` is the personal expert's weight b_k."""
+        prior = prediction.prior_from_counts(self.federation.label_counts[client])
+        log_p = self.predict_with(state, scores, prior, state.correlation[client])
+        if scores.personal is None:
+            return log_p
+        return prediction.blend(log_p, prediction.log_posterior(scores.personal), share)
+
+    # Cold start: what each mode may read is in its arguments. No labels reach the first two.
+
+    def correlation_unlabelled(self, state: ServerState, inputs: Scores) -> NDArray[np.float64]:
+        """[M] correlation of a new client from its unlabelled inputs: unknown without a gate."""
+        return np.full(self.experts, 1.0 / self.experts)
+
+    def correlation_labelled(
+        self, state: ServerState, inputs: Scores, labels: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """[M] correlation of a new client from labelled samples: uniform by default."""
+        return np.full(self.experts, 1.0 / self.experts)
+
+    def join_unlabelled(
+        self, state: ServerState, inputs: Scores
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Label prior [C] by EM and correlation [M] of a new client, without labels."""
+        correlation = self.correlation_unlabelled(state, inputs)
+        uniform = np.full(self.federation.classes, 1.0 / self.federation.classes)
+        if not self.settings.reweighting:
+            return uniform, correlation
+        log_p = self.predict_with(state, inputs, self.trained_prior, correlation)
+        steps = self.federation.settings.cold_start.em_steps
+        return prediction.prior_by_em(log_p, self.trained_prior, steps), correlation
+
+    def join_labelled(
+        self, state: ServerState, inputs: Scores, labels: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Label prior [C] by counting and correlation [M] of a new client, with labels."""
+        counts = np.bincount(labels, minlength=self.federation.classes)
+        prior = prediction.prior_from_counts(counts)
+        return prior, self.correlation_labelled(state, inputs, labels)
+
+    # ------------------------------------------------------------- accounting
+
+    def round_bytes(self, state: ServerState, orders: Sequence[Order]) -> tuple[int, int]:
+        """Bytes (up, down) of a round's local training over all clients, in float32."""
+        models = sum(len(order.experts) for order in orders)
+        size = 4 * state.experts.shape[1]
+        return models * (size + 4), models * size
+
+    def gate_bytes(self, state: ServerState, clients: int) -> tuple[int, int]:
+        """Bytes (up, down) of one gate update with this many clients."""
+        return 0, 0
+
+
+def add_at(result: LocalResult, expert: int, delta: NDArray[np.float64], weight: float) -> None:
+    """Add one client's update of one expert to a shard's sums, or count it as dropped."""
+    square = float(delta @ delta)
+    # The largest the exact sums take, far beyond any sane update; catches NaN too.
+    if not square < 2.0**24:
+        result.dropped["too large"] += 1
+        return
+    unit = np.zeros(len(result.weights.total))
+    unit[expert] = 1.0
+    ExactSum(result.updates.total[expert], result.updates.bits).add(delta, weight)
+    result.weights.add(unit, weight)
+    result.square_norms.add(unit, weight * square)
+
+
+def merged(results: Sequence[LocalResult]) -> LocalResult:
+    """One shard's result for all shards'."""
+    first, *others = results
+    total = replace(
+        first,
+        updates=ExactSum(first.updates.total.copy(), first.updates.bits),
+        weights=ExactSum(first.weights.total.copy(), first.weights.bits),
+        square_norms=ExactSum(first.square_norms.total.copy(), first.square_norms.bits),
+        personal=list(first.personal),
+        sketches=dict(first.sketches),
+        dropped=Counter(first.dropped),
+    )
+    for other in others:
+        total.merge(other)
+    return total
+
+
+def drift(result: LocalResult) -> NDArray[np.float64]:
+    """[M] weighted spread of client updates around their aggregate, relative to its length.
+
+    sqrt(sum_k a ||d_k - d||^2) / ||d||, from sums alone; 0 for experts nobody trained.
+    """
+    weight = np.maximum(result.weights.value(), 1e-12)
+    mean = result.updates.value() / weight[:, None]
+    square = (mean**2).sum(axis=1)
+    spread = np.maximum(result.square_norms.value() / weight - square, 0.0)
+    return np.asarray(np.sqrt(spread / np.maximum(square, 1e-30)) * (square > 0))

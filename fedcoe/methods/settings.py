@@ -1,0 +1,82 @@
+"""Settings every method takes, and how `method:` in params.yaml finds the class for its name.
+
+A method is one file in this package. It defines a `MethodSettings` subclass and a `Method`
+subclass; the file's name is the method's name. Nothing else has to be edited to add one.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_NOT_METHODS = {"settings", "base"}
+
+
+class MethodSettings(BaseModel):
+    """Switches any method can take, so that all are compared on one footing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    name: str = Field(description="File name of the method in fedcoe/methods/")
+    balanced_softmax: bool = Field(
+        False,
+        description="Train experts on logits + log label prior (Ren et al., NeurIPS 2020)",
+    )
+    server_lr: float = Field(1.0, gt=0.0, le=10.0, description="Step of the expert aggregate")
+    server_momentum: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Heavy ball on the aggregate (FedAvgM, Hsu et al. 2019)"
+    )
+    reweighting: bool = Field(
+        False, description="Reweight predictions for a client by its label prior"
+    )
+
+
+def method_names() -> list[str]:
+    """Names of all methods: the files of this package."""
+    package = importlib.import_module("fedcoe.methods")
+    names = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(name for name in names if name not in _NOT_METHODS)
+
+
+@cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"fedcoe.methods.{name}")
+
+
+def settings_for(values: Mapping[str, Any]) -> MethodSettings:
+    """Build the settings class of the named method (default: fedcoe).
+
+    Keys of other methods are left out rather than refused, so that
+    `dvc exp run -S method.name=fedavg` works on a file that also holds FedCoE's keys; keys that
+    no method has are errors.
+
+    Raises:
+        ValueError: unknown method.
+        pydantic.ValidationError: a key or value the method does not take.
+    """
+    name = values.get("name", "fedcoe")
+    if name not in method_names():
+        raise ValueError(f"no method {name!r}; there are: {', '.join(method_names())}")
+    own: type[MethodSettings] = _module(name).Settings
+    known_elsewhere = {
+        key for other in method_names() for key in _module(other).Settings.model_fields
+    } - set(own.model_fields)
+    return own.model_validate(
+        {"name": name} | {key: v for key, v in values.items() if key not in known_elsewhere}
+    )
+
+
+def method_class(name: str) -> Any:
+    """The `Method` subclass of a method's file."""
+    module = _module(name)
+    [found] = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and value.__module__ == module.__name__
+        and getattr(value, "Settings", None) is module.Settings
+    ]
+    return found

@@ -1,0 +1,140 @@
+"""One round on the server: plan it, and turn the clients' results into the next state.
+
+`train_round` strings the steps together in plain Python; `flows/federated_training.py` does the
+same as Prefect tasks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedcoe.engine.pool import Engine
+from fedcoe.errors import FedCoEError
+from fedcoe.methods.base import LocalResult, Method, Order, drift, merged
+from fedcoe.state import ServerState
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Who trains what in a round, dealt to workers."""
+
+    round: int
+    orders: list[Order]
+    shards: list[list[Order]]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in a round; JSON-able through `dataclasses.asdict`."""
+
+    round: int
+    cohort: int
+    train_loss: float
+    """Mean over samples of experts' losses in their last local epoch."""
+    images: int
+    """Images trained on, each time one model sees one image once."""
+    bytes_up: int
+    bytes_down: int
+    dropped: dict[str, int]
+    """Updates left out, by reason."""
+    drift: list[float]
+    """[M] see `methods.base.drift`."""
+    load_entropy: float
+    """Entropy of experts' shares of this round's dispatch over log M; 1 = even."""
+    churn: float
+    """Share of this round's (client, expert) pairs that had not been dispatched before."""
+
+
+def plan_round(method: Method, state: ServerState, engine: Engine) -> RoundPlan:
+    """Sample the cohort, dispatch experts, and deal clients to workers by their load."""
+    cohort = method.cohort(state)
+    orders = method.dispatch(state, cohort)
+    counts = method.federation.train_counts
+    sizes = [int(counts[o.client]) * len(o.experts) for o in orders]
+    by_client = {o.client: o for o in orders}
+    shards = [[by_client[k] for k in shard] for shard in engine.shards(cohort, sizes)]
+    return RoundPlan(state.round + 1, orders, shards)
+
+
+def finish_round(
+    method: Method, state: ServerState, plan: RoundPlan, results: Sequence[LocalResult]
+) -> tuple[ServerState, RoundRecord]:
+    """Aggregate a round's results.
+
+    Raises:
+        FedCoEError: too many updates were invalid (`train.quorum`); the state stays as it was.
+    """
+    total = merged(results)
+    asked = sum(len(order.experts) for order in plan.orders)
+    dropped = sum(total.dropped.values())
+    quorum = method.federation.settings.train.quorum
+    if asked - dropped < quorum * asked:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(total.dropped.items()))
+        raise FedCoEError(
+            f"round {plan.round}: only {max(asked - dropped, 0)} of {asked} updates are valid "
+            f"({reasons}), train.quorum asks for {quorum:g}; most often train.lr "
+            f"({method.federation.settings.train.lr:g}) is too high"
+        )
+    after = method.aggregate(state, plan.orders, [total])
+    experts = np.array([m for order in plan.orders for m in order.experts])
+    clients = np.repeat([o.client for o in plan.orders], [len(o.experts) for o in plan.orders])
+    load = np.bincount(experts, minlength=method.experts) / len(experts)
+    up, down = method.round_bytes(state, plan.orders)
+    return after, RoundRecord(
+        round=plan.round,
+        cohort=len(plan.orders),
+        train_loss=total.loss / max(total.samples, 1),
+        images=total.images,
+        bytes_up=up,
+        bytes_down=down,
+        dropped=dict(sorted(total.dropped.items())),
+        drift=[float(d) for d in drift(total)],
+        load_entropy=_evenness(load),
+        churn=float((state.dispatched[clients, experts] == 0).mean()) if state.round else 0.0,
+    )
+
+
+def evaluation_due(method: Method, state: ServerState) -> bool:
+    """Whether this state is to be evaluated: every `evaluate.every` rounds and at the end."""
+    settings = method.federation.settings
+    return state.round % settings.evaluate.every == 0 or state.round == settings.train.rounds
+
+
+def gate_clients(method: Method, state: ServerState, plan: RoundPlan) -> list[int]:
+    """Clients of the gate update after a round; empty if none is due.
+
+    Every seen client when an evaluation follows, the cohort when only `gate_every` asks for it.
+    """
+    if not method.has_gate:
+        return []
+    if evaluation_due(method, state):
+        return list(range(method.federation.clients))
+    every = method.settings.gate_every
+    return [order.client for order in plan.orders] if every and state.round % every == 0 else []
+
+
+def train_round(
+    engine: Engine, method: Method, state: ServerState
+) -> tuple[ServerState, RoundRecord]:
+    """Plan, train and aggregate one round."""
+    plan = plan_round(method, state, engine)
+    results = engine.map(method.local_train, state.for_clients(), over=plan.shards)
+    return finish_round(method, state, plan, results)
+
+
+def update_gate(
+    engine: Engine, method: Method, state: ServerState, clients: Sequence[int]
+) -> ServerState:
+    """One gate update with these clients."""
+    shards = engine.shards(clients, [int(method.federation.train_counts[k]) for k in clients])
+    messages = engine.map(method.gate_message, state.for_clients(), over=shards)
+    return method.gate_update(state, messages)
+
+
+def _evenness(load: Any) -> float:
+    if len(load) == 1:
+        return 1.0
+    positive = load[load > 0]
+    return float(-(positive * np.log(positive)).sum() / np.log(len(load)))

@@ -1,0 +1,337 @@
+"""The `fedcoe` command. Heavy packages are imported inside the commands that need them, so that
+`fedcoe --help` answers at once."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedcoe.errors import FedCoEError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Federated mixtures of experts: train, evaluate, track and serve.",
+)
+stage = typer.Typer(no_args_is_help=True, help="The stages of dvc.yaml; `dvc repro` calls them.")
+app.add_typer(stage, name="stage")
+
+out = Console()
+err = Console(stderr=True)
+
+Root = Annotated[
+    Path, typer.Option("--root", help="Folder of params.yaml.", file_okay=False, exists=True)
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", "-S", help="A setting that wins over params.yaml, as section.key=value."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    _quiet()
+    try:
+        app()
+    except FedCoEError as error:
+        err.print(f"[red]error:[/red] {error}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted; run the same command again to go on from the last finished round")
+        sys.exit(130)
+
+
+@app.command(
+    epilog="Examples:  fedcoe fetch   |   fedcoe fetch fashion-mnist   |   "
+    "fedcoe fetch --from photos/"
+)
+def fetch(
+    name: Annotated[
+        str | None, typer.Argument(help="Dataset to build; default: data.name of params.yaml.")
+    ] = None,
+    from_path: Annotated[
+        Path | None,
+        typer.Option("--from", help="Own data: a folder (class/ or client/class/) or an .npz."),
+    ] = None,
+    root: Root = Path("."),
+) -> None:
+    """Build a dataset into data/ and hand it to DVC."""
+    from fedcoe.config import load_settings
+    from fedcoe.data.fetch import fetch as build
+
+    if name is None and from_path is None:
+        name = load_settings(root / "params.yaml").data.name
+    with err.status(f"building {name or from_path}"):
+        result = build(name, from_path, root / "data", root / ".fedcoe" / "downloads")
+    for note in result.notes:
+        err.print(f"note: {note}", highlight=False)
+    height, width, channels = result.info.shape
+    out.print(
+        f"{result.info.name}: {result.info.train:,} training and {result.info.test:,} test images "
+        f"of {height}x{width}x{channels}, {len(result.info.classes)} classes"
+        + ("" if result.changed else " (already there)"),
+        highlight=False,
+    )
+    _dvc_add(root)
+
+
+def _dvc_add(root: Path) -> None:
+    """Let DVC record which data is there; without a DVC project there is nothing to record."""
+    if not (root / ".dvc").is_dir():
+        err.print("note: no DVC project here, so the data is not versioned (`dvc init`)")
+        return
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "add", "--quiet", "data"],
+        cwd=root,
+        env=os.environ | {"DVC_NO_ANALYTICS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise FedCoEError(f"`dvc add data` failed: {' '.join(done.stderr.split())}")
+
+
+@app.command(
+    epilog="Examples:  fedcoe train   |   fedcoe train -S method.experts=2 -S train.rounds=50"
+)
+def train(
+    root: Root = Path("."),
+    overrides: Overrides = [],  # noqa: B006
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Train this method instead and write only metrics/baseline.json."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train once, without DVC: partition, rounds, models, figures. Resumes if interrupted."""
+    from flows.pipeline import partition_data
+
+    _warn(partition_data(root, overrides))
+    _show(_train(root, overrides, baseline), as_json)
+
+
+def _train(root: Path, overrides: list[str], baseline: str | None) -> dict[str, Any]:
+    from fedcoe.config import load_settings
+
+    # Before Prefect starts its server: mistakes in the settings answer at once.
+    load_settings(root / "params.yaml", overrides)
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    from flows.federated_training import federated_training
+
+    # Joining the heartbeat thread costs a second at the end of every flow.
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), _progress():
+        return dict(federated_training(str(root), overrides, baseline))
+
+
+def _quiet() -> None:
+    """Progress is shown by rich; Prefect speaks up from warnings on. All can be overridden.
+
+    Read when Prefect is imported, so this comes first.
+    """
+    for name, value in {
+        "DO_NOT_TRACK": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "MPLBACKEND": "Agg",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Rounds, accuracies, speed and time left, on a terminal; nothing elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    from tasks.progress import LISTENER
+
+    figures: dict[str, str] = {}
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeLeft(compact=True),
+        console=err,
+        disable=not err.is_terminal,
+    ) as bar:
+        line = bar.add_task("starting", total=None, figures="")
+
+        def listen(event: str, values: Mapping[str, Any]) -> None:
+            if event == "start":
+                run = values["run"]
+                bar.update(
+                    line,
+                    description=f"{run.settings.method.name} · {run.data.dataset.info.name}",
+                    total=values["rounds"],
+                    completed=values["round"],
+                )
+                return
+            if "global_accuracy" in values:
+                figures["global"] = f"global {values['global_accuracy']:.1%}"
+                figures["own"] = f"personalized {values['personalized_accuracy']:.1%}"
+            figures["speed"] = f"{values['images_per_second']:,.0f} images/s"
+            bar.update(line, completed=values["round"], figures="  ".join(figures.values()))
+
+        token = LISTENER.set(listen)
+        try:
+            yield
+        finally:
+            LISTENER.reset(token)
+
+
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+
+def _show(figures: Mapping[str, float], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    table = Table("accuracy", "%", box=None)
+    for name, value in figures.items():
+        table.add_row(name, f"{100 * value:.2f}")
+    out.print(table)
+
+
+@stage.command("partition")
+def stage_partition() -> None:
+    """Deal data/ to clients: partitions/."""
+    from flows.pipeline import partition_data
+
+    _warn(partition_data(Path(".")))
+
+
+@stage.command("train")
+def stage_train() -> None:
+    """Train: models/, metrics/train.json, plots/curves.csv."""
+    _show(_train(Path("."), [], None), False)
+
+
+@stage.command("baseline")
+def stage_baseline() -> None:
+    """Train FedAvg on the same footing: metrics/baseline.json."""
+    _show(_train(Path("."), [], "fedavg"), False)
+
+
+@stage.command("evaluate")
+def stage_evaluate() -> None:
+    """Score models/: metrics/evaluate.json, plots/clients.csv, plots/experts.csv."""
+    from flows.pipeline import evaluate_models
+
+    evaluate_models(Path("."))
+
+
+@stage.command("cold-start")
+def stage_cold_start() -> None:
+    """Serve the new clients: metrics/cold_start.json, plots/new_clients.csv."""
+    from flows.pipeline import evaluate_cold_start
+
+    evaluate_cold_start(Path("."))
+
+
+@app.command(epilog="Example:  fedcoe report && xdg-open reports/index.html")
+def report(root: Root = Path(".")) -> None:
+    """Write reports/index.html from the figures on disk."""
+    from tasks.report import build_report
+
+    out.print(str(build_report(root)), highlight=False)
+
+
+@app.command(epilog="Examples:  fedcoe experts   |   fedcoe experts --json")
+def experts(root: Root = Path("."), as_json: AsJson = False) -> None:
+    """List registered models and experts with the figures to pick by."""
+    from tasks.tracking import registered_experts, use_default_stores
+
+    use_default_stores(root)
+    rows = registered_experts()
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    if not rows:
+        raise FedCoEError("no model is registered yet; train one: `dvc repro` or `fedcoe train`")
+    columns = {
+        "name": "name",
+        "version": "version",
+        "aliases": "alias",
+        "accuracy": "alone",
+        "load": "load",
+        "clients": "clients",
+        "accuracy_global": "global",
+        "accuracy_personalized": "personalized",
+        "accuracy_cold_unlabelled": "cold start",
+        "dataset": "data",
+    }
+    table = Table(*columns.values(), box=None)
+    for row in rows:
+        table.add_row(*(row.get(key, "") for key in columns))
+    out.print(table)
+
+
+@app.command(
+    epilog="Examples:  fedcoe predict photos/   |   fedcoe predict images.npz --mode unlabelled"
+)
+def predict(
+    images: Annotated[Path, typer.Argument(help="A folder of images, or an .npz with x.")],
+    mode: Annotated[
+        str, typer.Option(help="none, or unlabelled (estimates the class mix from the images)")
+    ] = "none",
+    models: Annotated[Path, typer.Option(help="Models folder.")] = Path("models"),
+    as_json: AsJson = False,
+) -> None:
+    """Predict classes of images of a client that never took part."""
+    import numpy as np
+
+    from fedcoe.bundle import load_bundle
+    from fedcoe.data.sources.images import read_images
+
+    if mode not in ("none", "unlabelled"):
+        raise FedCoEError(f"--mode {mode}: there are none and unlabelled")
+    bundle = load_bundle(models)
+    federation = bundle.method.federation
+    names, pixels = read_images(images, federation.shape)
+    p = np.exp(bundle.predict(pixels, mode))  # type: ignore[arg-type]
+    rows = [
+        {"image": name, "class": federation.class_names[int(row.argmax())], "p": float(row.max())}
+        for name, row in zip(names, p, strict=True)
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table("image", "class", "probability", box=None)
+    for row in rows:
+        table.add_row(row["image"], row["class"], f"{row['p']:.3f}")
+    out.print(table)
+
+
+@app.command(epilog="Example:  fedcoe doctor")
+def doctor(root: Root = Path("."), as_json: AsJson = False) -> None:
+    """Say what is installed, reachable and missing, and what to do about it."""
+    from tasks.doctor import examine
+
+    findings = examine(root)
+    if as_json:
+        typer.echo(json.dumps(findings))
+    else:
+        marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red]"}
+        table = Table(box=None, show_header=False)
+        for finding in findings:
+            table.add_row(marks[finding["status"]], finding["what"], finding["found"])
+        out.print(table)
+    if any(finding["status"] == "bad" for finding in findings):
+        raise typer.Exit(1)

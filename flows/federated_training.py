@@ -1,0 +1,159 @@
+"""The flow: rounds of federated training as Prefect tasks.
+
+Wiring only. What a round does stands in `fedcoe/methods/`; how it is run, in `fedcoe/engine/`.
+"""
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prefect import flow, get_run_logger, unmapped
+from prefect.runtime import flow_run
+
+from fedcoe.cold_start import NewClient, summary
+from fedcoe.config import Settings, load_settings
+from fedcoe.evaluate import Evaluation
+from fedcoe.methods.settings import settings_for
+from fedcoe.rounds import evaluation_due, gate_clients, plan_round
+from fedcoe.state import ServerState
+from tasks.artifacts import publish_summary
+from tasks.checkpoint import History, checkpoint, discard, resume
+from tasks.cold_start import cold_start_evaluate
+from tasks.evaluate import evaluate_state, score_shard
+from tasks.expert_aggregate import expert_aggregate
+from tasks.gate_update import gate_statistics, gate_update
+from tasks.local_train import local_train
+from tasks.progress import report_progress
+from tasks.results import run_figures, write_baseline, write_models
+from tasks.run import Run, open_run
+from tasks.tracking import Tracking, register_models, start_tracking
+
+
+def _name() -> str:
+    given = flow_run.parameters
+    return f"{'baseline' if given.get('baseline') else 'training'} · {given.get('root', '.')}"
+
+
+@flow(name="federated-training", flow_run_name=_name, validate_parameters=False)
+def federated_training(
+    root: str = ".", overrides: Sequence[str] = (), baseline: str | None = None
+) -> dict[str, Any]:
+    """Train as params.yaml says and write models, metrics and plots.
+
+    Args:
+        root: folder of params.yaml, data/ and partitions/.
+        overrides: `section.key=value` settings that win over params.yaml.
+        baseline: train this method instead, with its default settings and everything else
+            equal, and write only its figures (metrics/baseline.json).
+
+    Returns:
+        The headline figures.
+    """
+    folder = Path(root)
+    settings = load_settings(folder / "params.yaml", overrides)
+    if baseline is not None:
+        settings = settings.model_copy(update={"method": settings_for({"name": baseline})})
+    with open_run(settings, folder) as run:
+        tracking = start_tracking(run, {"role": "baseline" if baseline else "training"})
+        try:
+            figures = _train(run, tracking, settings, baseline is not None)
+        except BaseException:
+            tracking.finish("FAILED")
+            raise
+        tracking.finish("FINISHED")
+        discard(run)
+    return figures
+
+
+def _train(run: Run, tracking: Tracking, settings: Settings, baseline: bool) -> dict[str, Any]:
+    method, shared = run.method, unmapped(run)
+    state, history = resume(run)
+    if state.round:
+        get_run_logger().info("resuming after round %d of run %s", state.round, run.key)
+    report_progress("start", run=run, round=state.round, rounds=settings.train.rounds)
+    evaluated: Evaluated | None = None
+    while state.round < settings.train.rounds:
+        started, plan = time.perf_counter(), plan_round(method, state, run.engine)
+        rnd, sent = unmapped(plan.round), unmapped(state.for_clients())
+        trained = local_train.map(shared, rnd, _numbered(plan.shards), sent, plan.shards).result()
+        state, record = expert_aggregate(run, plan.round, state, plan, trained)
+        seconds = time.perf_counter() - started
+
+        members = gate_clients(method, state, plan)
+        if members:
+            state = _update_gate(run, state, members)
+        row = history.add_round(record, method.gate_bytes(state, len(members)))
+        row |= {"images_per_second": record.images / seconds, "train_seconds": seconds}
+
+        if evaluation_due(method, state):
+            state, *figures = evaluated = _evaluate(run, state)
+            row |= history.add_evaluation(*figures, dict(state.diagnostics))
+        checkpoint(run, plan.round, state, history)
+        tracking.log_metrics(row, plan.round)
+        report_progress("round", **row)
+    # A run killed between its last checkpoint and its results evaluates the last state again.
+    state, *figures = evaluated or _evaluate(run, state)
+    return _finish(run, tracking, state, history, *figures, baseline=baseline)
+
+
+Evaluated = tuple[ServerState, Evaluation, list[NewClient]]
+
+
+def _update_gate(run: Run, state: ServerState, clients: Sequence[int]) -> ServerState:
+    sizes = [int(run.method.federation.train_counts[k]) for k in clients]
+    shards = run.engine.shards(clients, sizes)
+    rnd, sent = unmapped(state.round), unmapped(state.for_clients())
+    messages = gate_statistics.map(unmapped(run), rnd, _numbered(shards), sent, shards).result()
+    return gate_update(run, state.round, state, messages)
+
+
+def _evaluate(run: Run, state: ServerState) -> Evaluated:
+    """Score all seen clients and the official test set, then serve the new clients."""
+    partition, engine = run.data.partition, run.engine
+    samples = np.bincount(partition.client, minlength=partition.clients)
+    rnd, sent = unmapped(state.round), unmapped(state.for_clients())
+
+    shards = engine.shards(range(partition.seen), [int(n) for n in samples[: partition.seen]])
+    ends = np.linspace(0, len(run.data.dataset.y_test), len(shards) + 1).astype(int)
+    rows = [(int(a), int(b)) for a, b in itertools.pairwise(ends)]
+    scored = score_shard.map(unmapped(run), rnd, _numbered(shards), sent, shards, rows).result()
+    state, evaluation = evaluate_state(run, state.round, state, scored)
+
+    new = range(partition.seen, partition.clients)
+    shards = engine.shards(new, [int(samples[k]) for k in new])
+    sent = unmapped(state.for_clients())
+    served = cold_start_evaluate.map(
+        unmapped(run), rnd, _numbered(shards), sent, shards
+    ).result()
+    return state, evaluation, [client for shard in served for client in shard]
+
+
+def _finish(
+    run: Run,
+    tracking: Tracking,
+    state: ServerState,
+    history: History,
+    evaluation: Evaluation,
+    new: list[NewClient],
+    *,
+    baseline: bool,
+) -> dict[str, Any]:
+    cold_start = summary(new)
+    if baseline:
+        write_baseline(run, history, evaluation, new)
+    else:
+        models = write_models(run, state, history)
+        register_models(run, tracking, models, evaluation, cold_start)
+    tracking.log_figures(run_figures(run, history, evaluation))
+    publish_summary(run, evaluation, cold_start, tracking.run_id)
+    return {
+        "global": evaluation.overall["accuracy"],
+        "personalized": evaluation.personalized["accuracy"],
+    } | {f"cold start, {mode}": figures["accuracy"] for mode, figures in cold_start.items()}
+
+
+def _numbered(shards: Sequence[Any]) -> list[str]:
+    return [f"{i + 1}/{len(shards)}" for i in range(len(shards))]

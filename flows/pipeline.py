@@ -1,0 +1,88 @@
+"""The stages of dvc.yaml. Only training is a Prefect flow; the others read files and write files."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from fedcoe.bundle import Bundle, load_bundle
+from fedcoe.cold_start import rows as new_client_rows
+from fedcoe.cold_start import serve_clients, summary
+from fedcoe.config import load_settings
+from fedcoe.data.dataset import load_dataset
+from fedcoe.data.partition import load_partition, make_partition, save_partition
+from fedcoe.engine.clients import ClientData
+from fedcoe.engine.pool import Engine, Site
+from fedcoe.evaluate import evaluate, join_scores, score_clients, score_global
+from tasks.results import evaluation_figures, write_csv, write_json
+
+
+def partition_data(root: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Stage `partition`: deal the training data to clients. Returns warnings."""
+    settings = load_settings(root / "params.yaml", overrides).partition
+    dataset = load_dataset(root / "data")
+    partition = make_partition(
+        settings,
+        dataset.y_train,
+        len(dataset.y_test),
+        len(dataset.info.classes),
+        dataset.client_train,
+        dataset.info.clients,
+    )
+    save_partition(
+        partition, settings, dataset.y_train, dataset.info.classes, root / "partitions"
+    )
+    return list(partition.warnings)
+
+
+@contextmanager
+def open_models(root: Path) -> Iterator[tuple[Bundle, ClientData, Engine]]:
+    """The models on disk, the data they were trained on, and workers."""
+    settings = load_settings(root / "params.yaml")
+    bundle = load_bundle(root / "models")
+    data = ClientData(load_dataset(root / "data"), load_partition(root / "partitions"))
+    site = Site(
+        root / "data",
+        root / "partitions",
+        root / "models" / "personal",
+        bundle.method.federation.settings.model.name,
+        settings.runtime.precision,
+        exported=True,
+    )
+    with Engine(site, settings.runtime.workers) as engine:
+        yield bundle, data, engine
+
+
+def evaluate_models(root: Path) -> None:
+    """Stage `evaluate`: score models/ on all seen clients and the official test set.
+
+    Scores the files a person would deploy, not what training had in memory.
+    """
+    with open_models(root) as (bundle, data, engine):
+        method, state = bundle.method, bundle.state
+        counts = [int(n) for n in method.federation.train_counts]
+        shards = engine.shards(range(len(counts)), counts)
+        labels = np.asarray(data.dataset.y_test)
+        rows = np.array_split(np.arange(len(labels)), min(engine.workers, len(labels)))
+        scored = engine.map(score_clients, method, state, over=shards)
+        overall = join_scores(engine.map(score_global, method, state, over=rows))
+        clients = [client for shard in scored for client in shard]
+        _, evaluation = evaluate(method, state, clients, overall, labels)
+    settings = method.federation.settings
+    write_json(root / "metrics" / "evaluate.json", evaluation_figures(settings, evaluation))
+    write_csv(root / "plots" / "clients.csv", evaluation.clients)
+    write_csv(root / "plots" / "experts.csv", evaluation.experts)
+
+
+def evaluate_cold_start(root: Path) -> None:
+    """Stage `cold_start`: serve the new clients from models/."""
+    with open_models(root) as (bundle, data, engine):
+        partition = data.partition
+        new = range(partition.seen, partition.clients)
+        samples = np.bincount(partition.client, minlength=partition.clients)
+        shards = engine.shards(new, [int(samples[k]) for k in new])
+        served = engine.map(serve_clients, bundle.method, bundle.state, over=shards)
+        clients = [client for shard in served for client in shard]
+    write_json(root / "metrics" / "cold_start.json", summary(clients))
+    write_csv(root / "plots" / "new_clients.csv", new_client_rows(clients, data))

@@ -1,0 +1,23 @@
+"""Task: the server turns a round's sums into new experts."""
+
+from collections.abc import Sequence
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fedcoe.methods.base import LocalResult
+from fedcoe.rounds import RoundPlan, RoundRecord, finish_round
+from fedcoe.state import ServerState
+from tasks.run import Run
+
+
+@task(
+    name="expert aggregate",
+    task_run_name="round {rnd} · expert aggregate",
+    cache_policy=NO_CACHE,
+)
+def expert_aggregate(
+    run: Run, rnd: int, state: ServerState, plan: RoundPlan, results: Sequence[LocalResult]
+) -> tuple[ServerState, RoundRecord]:
+    """Aggregate one round; refuses below the quorum."""
+    return finish_round(run.method, state, plan, results)

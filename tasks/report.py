@@ -1,0 +1,282 @@
+"""One page that says what a run did and how well: reports/index.html.
+
+Self-contained (no request leaves the page) and a pure function of the files it reads, so that DVC
+can hash it: no time, no path of the machine.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import BaseModel
+
+from fedcoe.config import Settings, load_settings
+from fedcoe.errors import FedCoEError
+from tasks import figures
+
+MAX_TABLE_ROWS = 500  # the page must open on a phone; the tables are whole in plots/
+MAX_CLASS_COLUMNS = 20
+
+_NAMES = {"fedcoe": "FedCoE", "fedavg": "FedAvg", "fedprox": "FedProx", "local": "Local"}
+_MODES = {
+    "none": "reads nothing",
+    "unlabelled": "reads unlabelled inputs",
+    "labels": "reads labels, forward only",
+    "few_shot": "fine-tunes (reference)",
+}
+_MEASURES = {
+    "accuracy": "accuracy",
+    "mean": "mean over clients",
+    "std": "standard deviation over clients",
+    "worst10": "worst 10 % of clients",
+    "nll": "negative log-likelihood",
+    "ece": "expected calibration error",
+}
+_IN_PERCENT = {"accuracy", "mean", "std", "worst10"}
+_NEXT = "run `dvc repro`"
+
+Values = dict[str, Any]
+
+
+def build_report(root: Path) -> Path:
+    """Write root/reports/index.html from what the pipeline left under `root`.
+
+    Reads params.yaml, partitions/manifest.json, metrics/{train,evaluate,cold_start}.json and
+    plots/{curves,clients,new_clients,experts}.csv; and data/dataset.json, metrics/baseline.json
+    and plots/baseline_curves.csv where they are.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        FedCoEError: a file is missing or damaged: which, and what to run.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names of clients and classes are whatever the user's data says
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "points": _points, "number": _number}
+    html = environment.get_template("report.html.j2").render(_content(root))
+    page = root / "reports" / "index.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    fresh = page.with_suffix(".tmp")
+    fresh.write_text(html, encoding="utf-8", errors="replace", newline="\n")
+    fresh.replace(page)  # a reader sees the old page or the new one, never half of one
+    return page
+
+
+def _content(root: Path) -> Values:
+    settings = load_settings(root / "params.yaml")
+    manifest = _json(root, "partitions/manifest.json", "fingerprint", "clients", "classes", "seen")
+    train = _json(root, "metrics/train.json", "rounds", "best_round", "images_trained")
+    evaluate = _json(root, "metrics/evaluate.json", "method", "seed", "global", "personalized")
+    cold = _json(root, "metrics/cold_start.json")
+    curves = _table(root, "plots/curves.csv", "round")
+    clients = _table(root, "plots/clients.csv", "client", "samples", "accuracy", "correlation_0")
+    new = _table(root, "plots/new_clients.csv", "client", "samples", *_MODES, optional=True)
+    experts = _table(root, "plots/experts.csv", "expert", "load", "clients", "accuracy")
+    theirs: Values = {}
+    if (root / "metrics/baseline.json").exists():
+        theirs = _json(root, "metrics/baseline.json", "train", "evaluate", "cold_start")
+    their_curves = None
+    if theirs and (root / "plots/baseline_curves.csv").exists():
+        their_curves = _table(root, "plots/baseline_curves.csv", "round")
+    dataset: Values = {}
+    if (root / "data/dataset.json").exists():
+        dataset = _json(root, "data/dataset.json", "name")
+
+    name = _NAMES.get(evaluate["method"], evaluate["method"])
+    baseline = theirs["evaluate"].get("method", "fedavg") if theirs else ""
+    baseline = _NAMES.get(baseline, baseline)
+    ours = evaluate | {"cold": cold}
+    theirs = theirs and theirs["evaluate"] | {"cold": theirs["cold_start"], **theirs["train"]}
+    counts = np.array(
+        [
+            np.sum([client[split] for split in ("train", "validation", "test")], axis=0)
+            for client in manifest["clients"]
+        ]
+    )
+    names = [client["name"] for client in manifest["clients"]]
+    wide, narrow = (
+        figures.to_svg(
+            figures.learning_curves(
+                curves,
+                their_curves,
+                method=name,
+                baseline_name=baseline or "baseline",
+                columns=columns,
+            )
+        )
+        for columns in (3, 1)
+    )
+    partition = figures.clients_by_classes(
+        counts, manifest["classes"], manifest["seen"], names=names
+    )
+    return {
+        "name": name,
+        "baseline": baseline,
+        "ours": ours,
+        "theirs": theirs,
+        "train": train,
+        "dataset": dataset,
+        "data_name": dataset.get("name", settings.data.name),
+        "manifest": manifest,
+        "partition_words": _partition_words(settings),
+        "sizes": counts.sum(axis=1),
+        "cards": _cards(ours, theirs),
+        "results": _results(ours, theirs),
+        "curves_wide": Markup(wide),
+        "curves_narrow": Markup(narrow),
+        "partition": Markup(figures.to_svg(partition)),
+        "correlation": Markup(figures.to_svg(figures.correlation_heatmap(clients))),
+        "accuracy": Markup(figures.to_svg(figures.expert_client_accuracy(clients))),
+        "experts": _experts(experts, manifest["classes"]),
+        "classes": manifest["classes"] if len(manifest["classes"]) <= MAX_CLASS_COLUMNS else [],
+        "clients": _clients(clients),
+        "clients_total": len(clients),
+        "new_clients": _clients(new),
+        "new_total": len(new),
+        "limit": MAX_TABLE_ROWS,
+        "modes": _MODES,
+        "parameters": _parameters(settings),
+        "settings_fingerprint": settings.fingerprint(),
+    }
+
+
+def _json(root: Path, path: str, *keys: str) -> Values:
+    try:
+        values = json.loads((root / path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FedCoEError(f"{path}: no such file; {_NEXT}") from None
+    except (OSError, ValueError) as error:
+        raise FedCoEError(f"{path}: damaged ({error}); {_NEXT}") from None
+    if not isinstance(values, dict) or (missing := [key for key in keys if key not in values]):
+        what = f"lacks {', '.join(missing)}" if isinstance(values, dict) else "is no mapping"
+        raise FedCoEError(f"{path}: {what}; {_NEXT}")
+    return values
+
+
+def _table(root: Path, path: str, *columns: str, optional: bool = False) -> pd.DataFrame:
+    """A CSV file; `optional`: columns that are not there are filled with NaN."""
+    # Texts through converters: a client may be called "NA", and group 1 must not become 1.0.
+    texts = dict.fromkeys(("client", "feature_group", "expert"), str)
+    try:
+        table = pd.read_csv(root / path, converters=texts)
+    except FileNotFoundError:
+        raise FedCoEError(f"{path}: no such file; {_NEXT}") from None
+    except pd.errors.EmptyDataError:
+        table = pd.DataFrame()
+    except (OSError, ValueError) as error:
+        raise FedCoEError(f"{path}: damaged ({error}); {_NEXT}") from None
+    missing = [column for column in columns if column not in table]
+    if missing and not optional:
+        raise FedCoEError(f"{path}: lacks the column {', '.join(missing)}; {_NEXT}")
+    return table.reindex(columns=[*table.columns, *missing])
+
+
+def _partition_words(settings: Settings) -> str:
+    partition = settings.partition
+    scheme = {
+        "dirichlet": f"Dirichlet({partition.alpha:g}) label skew",
+        "pathological": f"{partition.classes_per_client} classes a client",
+        "iid": "an even random deal",
+        "natural": "the data's own clients",
+    }[partition.scheme]
+    if partition.feature_skew == "none":
+        return scheme
+    return f"{scheme} and {partition.feature_skew} in {partition.feature_groups} feature groups"
+
+
+def _cards(ours: Values, theirs: Values) -> list[Values]:
+    places = {
+        "Global": ("global", "for everyone, official test set"),
+        "Personalized": ("personalized", "each seen client on its own test data"),
+        "Cold start": ("unlabelled", "new clients, no training step, unlabelled inputs only"),
+    }
+    cards = []
+    for title, (key, words) in places.items():
+        own = (ours if key != "unlabelled" else ours["cold"]).get(key, {}).get("accuracy")
+        other = theirs and (theirs if key != "unlabelled" else theirs["cold"]).get(key, {})
+        cards.append(
+            {"title": title, "words": words, "ours": own, "theirs": (other or {}).get("accuracy")}
+        )
+    return cards
+
+
+def _results(ours: Values, theirs: Values) -> list[Values]:
+    """Every measured number: [{title, rows: [{measure, percent, ours, theirs}]}]."""
+    groups = {"Global": "global", "Personalized": "personalized"} | {
+        f"Cold start, {mode}: {words}": mode for mode, words in _MODES.items()
+    }
+    results = []
+    for title, key in groups.items():
+        own = ours["cold"].get(key) if key in _MODES else ours[key]
+        other = (theirs and (theirs["cold"] if key in _MODES else theirs).get(key)) or {}
+        rows = [
+            {"measure": words, "percent": m in _IN_PERCENT, "ours": own[m], "theirs": other.get(m)}
+            for m, words in _MEASURES.items()
+            if own and m in own
+        ]
+        if rows:
+            results.append({"title": title, "rows": rows})
+    return results
+
+
+def _experts(table: pd.DataFrame, classes: list[str]) -> list[Values]:
+    rows = []
+    for row in table.to_dict("records"):
+        by_class = {name: row.get(f"accuracy_class_{name}", math.nan) for name in classes}
+        known = sorted((name for name in classes if by_class[name] == by_class[name]),
+                       key=lambda name: -by_class[name])  # fmt: skip
+        rows.append(row | {"by_class": by_class, "best": known[:3]})
+    return rows
+
+
+def _clients(table: pd.DataFrame) -> list[Values]:
+    correlation = table.filter(like="correlation_").to_numpy(dtype=np.float64)
+    rows = table.head(MAX_TABLE_ROWS).to_dict("records")
+    for row, shares in zip(rows, np.nan_to_num(correlation, nan=0.0), strict=False):
+        row["expert"], row["belonging"] = int(shares.argmax()), float(shares.max())
+    return [{str(key): value for key, value in row.items()} for row in rows]
+
+
+def _parameters(settings: Settings) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """(section, [(key, value, what it means)]) of every setting."""
+    sections: list[tuple[str, list[tuple[str, str, str]]]] = []
+    for name, section in settings:
+        assert isinstance(section, BaseModel)
+        values = section.model_dump(mode="json").items()
+        fields = type(section).model_fields
+        sections.append(
+            (name, [(k, json.dumps(v), fields[k].description or "") for k, v in values])
+        )
+    return sections
+
+
+def _missing(value: float | None) -> bool:
+    return value is None or not math.isfinite(value)
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if _missing(value) else f"{100 * float(value or 0):.{digits}f} %"
+
+
+def _points(ours: float | None, theirs: float | None) -> str:
+    """Difference of two shares in percentage points, signed."""
+    if _missing(ours) or _missing(theirs):
+        return ""
+    difference = round(100 * (float(ours or 0) - float(theirs or 0)), 1) + 0.0
+    return f"{difference:+.1f}".replace("-", "−")
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    """Thousands apart by a thin space that does not break."""
+    return "–" if _missing(value) else f"{float(value or 0):,.{digits}f}".replace(",", "\u202f")

@@ -1,0 +1,295 @@
+"""MLflow: the one module that talks to it.
+
+Tracking must never stop training: whatever goes wrong here is said once in the log and the run
+goes on. Stores are embedded under `.fedcoe/` unless MLFLOW_TRACKING_URI names others.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from fedcoe import __version__
+from fedcoe.evaluate import Evaluation
+from tasks.run import Run
+
+EXPERIMENT = "fedcoe"
+MODEL_CODE = Path(__file__).with_name("served_model.py")
+
+
+def use_default_stores(root: Path) -> None:
+    """Point MLflow at SQLite and a folder under `.fedcoe/`, unless the environment says else."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    folder = (root / ".fedcoe").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+
+
+def _experiment(root: Path) -> str:
+    import mlflow
+
+    found = mlflow.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    embedded = mlflow.get_tracking_uri().startswith("sqlite:")
+    location = (root / ".fedcoe" / "artifacts").resolve().as_uri() if embedded else None
+    return str(mlflow.create_experiment(EXPERIMENT, artifact_location=location))
+
+
+@dataclass
+class Tracking:
+    """One MLflow run; without a `run_id` (store out of reach) every call does nothing."""
+
+    run_id: str | None = None
+
+    def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
+        """Log all numbers among `values` in one request."""
+        if self.run_id is None:
+            return
+        with self._passing("metrics"):
+            from mlflow import MlflowClient
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            metrics = [
+                Metric(name, float(value), now, step)
+                for name, value in flat(values).items()
+                if isinstance(value, int | float)
+            ]
+            MlflowClient().log_batch(self.run_id, metrics=metrics)
+
+    def log_figures(self, figures: Mapping[str, Figure]) -> None:
+        if self.run_id is None:
+            return
+        with self._passing("figures"):
+            from mlflow import MlflowClient
+
+            for name, figure in figures.items():
+                MlflowClient().log_figure(self.run_id, figure, f"figures/{name}.png")
+
+    def finish(self, status: str) -> None:
+        if self.run_id is None:
+            return
+        with self._passing("end of run"):
+            from mlflow import MlflowClient
+
+            MlflowClient().set_terminated(self.run_id, status)
+
+    @contextmanager
+    def _passing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            get_run_logger().warning("MLflow: %s not logged: %s", what, first or repr(error))
+
+
+def start_tracking(run: Run, tags: Mapping[str, str]) -> Tracking:
+    """Open the MLflow run of this training run; a resumed run continues its own."""
+    memo = run.scratch / "mlflow-run"
+    tracking = Tracking()
+    with tracking._passing("run"):
+        use_default_stores(run.root)
+        from mlflow import MlflowClient
+
+        client = MlflowClient()
+        if memo.exists():
+            tracking.run_id = client.get_run(memo.read_text()).info.run_id
+            client.update_run(tracking.run_id, status="RUNNING")
+            return tracking
+        settings = run.settings
+        name = f"{settings.method.name} · {run.data.dataset.info.name} · seed {settings.train.seed}"
+        created = client.create_run(_experiment(run.root), run_name=name, tags=dict(tags))
+        from mlflow.entities import Param, RunTag
+
+        described = {
+            "method": settings.method.name,
+            "dataset": run.data.dataset.info.name,
+            "data_hash": run.data.dataset.info.hash,
+            "partition_fingerprint": run.data.partition.fingerprint,
+            "run_key": run.key,
+            "fedcoe_version": __version__,
+            "git_commit": git_commit(run.root),
+            "machine": f"{platform.machine()}, {run.engine.workers} workers",
+        }
+        client.log_batch(
+            created.info.run_id,
+            params=[Param(k, str(v)) for k, v in flat(settings.model_dump(mode="json")).items()],
+            tags=[RunTag(k, v) for k, v in described.items()],
+        )
+        tracking.run_id = created.info.run_id
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        memo.write_text(tracking.run_id)
+    return tracking
+
+
+def git_commit(root: Path) -> str:
+    """The commit that is checked out, with `+changes` if files differ from it; or `unknown`."""
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", *command], cwd=root, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head + ("+changes" if changes else "")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists to one level, keys joined by dots."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            result |= flat({str(i): item for i, item in enumerate(value)}, f"{name}.")
+        else:
+            result[name] = value
+    return result
+
+
+@task(name="register models", cache_policy=NO_CACHE)
+def register_models(
+    run: Run,
+    tracking: Tracking,
+    models: Path,
+    evaluation: Evaluation,
+    cold_start: Mapping[str, Mapping[str, float]],
+) -> list[str]:
+    """Register the mixture, the gate and each expert; the new versions become `candidate`.
+
+    Version tags carry the figures a person picks by.
+    """
+    if tracking.run_id is None:
+        return []
+    registered: list[str] = []
+    with tracking._passing("registered models"):
+        import mlflow
+
+        shared = {
+            "method": run.settings.method.name,
+            "dataset": run.data.dataset.info.name,
+            "data_hash": run.data.dataset.info.hash[:16],
+            "partition_fingerprint": run.data.partition.fingerprint,
+            "accuracy_global": f"{evaluation.overall['accuracy']:.4f}",
+            "accuracy_personalized": f"{evaluation.personalized['accuracy']:.4f}",
+        } | {f"accuracy_cold_{mode}": f"{v['accuracy']:.4f}" for mode, v in cold_start.items()}
+        parts: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+            ("fedcoe", {"part": "mixture"}, shared)
+        ]
+        if run.method.has_gate:
+            parts.append(("fedcoe-gate", {"part": "gate"}, shared))
+        for row in evaluation.experts:
+            own = {"accuracy": f"{row['accuracy']:.4f}", "load": f"{row['load']:.4f}"}
+            own |= {"clients": str(row["clients"])}
+            parts.append(
+                (
+                    f"fedcoe-expert-{row['expert']}",
+                    {"part": "expert", "expert": row["expert"]},
+                    shared | own,
+                )
+            )
+        with (
+            mlflow.start_run(run_id=tracking.run_id),
+            tempfile.TemporaryDirectory() as scratch,
+            warnings.catch_warnings(),
+        ):
+            # MLflow asks for an input example although the signature is given.
+            warnings.simplefilter("ignore")
+            for name, config, tags in parts:
+                part = Path(scratch) / "part.json"
+                part.write_text(json.dumps(config))
+                _register(name, config, {"part": part}, tags, models, run)
+                registered.append(name)
+    return registered
+
+
+def _register(
+    name: str,
+    config: Mapping[str, Any],
+    artifacts: dict[str, Path],
+    tags: Mapping[str, str],
+    models: Path,
+    run: Run,
+) -> None:
+    import mlflow
+    import numpy as np
+    from mlflow import MlflowClient
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    artifacts["state"] = models / "state.json"
+    experts = models / "experts"
+    if config["part"] == "expert":
+        artifacts["expert"] = experts / f"expert-{config['expert']}.safetensors"
+    else:
+        artifacts["experts"] = experts
+        if (models / "gate.safetensors").exists():
+            artifacts["gate"] = models / "gate.safetensors"
+    outputs = run.method.experts if config["part"] == "gate" else run.method.federation.classes
+    params = None
+    if config["part"] == "mixture":
+        params = ParamSchema(
+            [
+                ParamSpec("mode", "string", "none"),
+                ParamSpec("label_counts", "long", [0] * run.method.federation.classes, (-1,)),
+            ]
+        )
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype(np.uint8), (-1, *run.method.federation.shape))]),
+        Schema([TensorSpec(np.dtype(np.float64), (-1, outputs))]),
+        params,
+    )
+    info = mlflow.pyfunc.log_model(
+        name=name,
+        python_model=str(MODEL_CODE),
+        artifacts={key: path.resolve().as_uri() for key, path in artifacts.items()},
+        signature=signature,
+        pip_requirements=[f"fedcoe=={__version__}"],
+    )
+    client = MlflowClient()
+    if not client.search_registered_models(f"name='{name}'"):
+        client.create_registered_model(name)
+    version = client.create_model_version(
+        name, info.model_uri, info.run_id, model_id=info.model_id, tags=dict(tags)
+    )
+    client.set_registered_model_alias(name, "candidate", version.version)
+
+
+def registered_experts() -> Sequence[dict[str, str]]:
+    """Every registered version as a flat row: name, version, aliases, figures; newest first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    rows = []
+    for model in client.search_registered_models("name LIKE 'fedcoe%'"):
+        aliases: dict[str, list[str]] = {}
+        for alias, version in model.aliases.items():
+            aliases.setdefault(str(version), []).append(alias)
+        for version in client.search_model_versions(f"name='{model.name}'"):
+            rows.append(
+                {
+                    "name": model.name,
+                    "version": str(version.version),
+                    "aliases": ", ".join(aliases.get(str(version.version), [])),
+                    "run_id": version.run_id or "",
+                }
+                | dict(version.tags)
+            )
+    return sorted(rows, key=lambda row: (row["name"], -int(row["version"])))
