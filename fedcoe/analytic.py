@@ -79,7 +79,7 @@ class Statistics:
     def message_bytes(self) -> int:
         """Size of one client's message in float32, the symmetric half of F'F left out."""
         width, targets = self.targets.total.shape
-        return 4 * (width * (width + 1) // 2 + width * targets)
+        return int(4 * (width * (width + 1) // 2 + width * targets))
 
 
 def ridge(

@@ -1,9 +1,9 @@
 """A trained run as files: `models/`, and everything needed to predict from it.
 
-    experts/expert-<m>.safetensors     global experts, parameters by name
-    gate.safetensors                   gate and coordination head (methods that have them)
-    personal/<client>.safetensors      personal experts of seen clients, by client index
-    state.json                         settings, classes, label counts, correlation, calibration
+experts/expert-<m>.safetensors     global experts, parameters by name
+gate.safetensors                   gate and coordination head (methods that have them)
+personal/<client>.safetensors      personal experts of seen clients, by client index
+state.json                         settings, classes, label counts, correlation, calibration
 """
 
 import json

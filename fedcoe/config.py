@@ -50,7 +50,9 @@ class PartitionSettings(Section):
         "random",
         description="Who is held out: random; one whole feature group; a region of label mixes",
     )
-    alpha: float = Field(0.1, ge=1e-4, le=1e6, description="Dirichlet concentration; smaller = more skew")
+    alpha: float = Field(
+        0.1, ge=1e-4, le=1e6, description="Dirichlet concentration; smaller = more skew"
+    )
     classes_per_client: int = Field(2, ge=1, description="Classes per client (pathological)")
     feature_skew: Literal["none", "rotation", "inversion", "blur"] = Field(
         "none", description="A fixed transform per client group, on top of any scheme"

@@ -6,7 +6,7 @@ S clients, M experts; `c` is always [clients, M] with rows that sum to 1.
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment, linprog
-from scipy.sparse import csr_matrix, kron, identity, vstack
+from scipy.sparse import csr_matrix, identity, kron, vstack
 
 Matrix = NDArray[np.float64]
 

@@ -60,7 +60,9 @@ def score_clients(
     def flush() -> None:
         if not waiting:
             return
-        scores = method.score(side.trainer, state, np.concatenate([images for _, _, images in waiting]))
+        scores = method.score(
+            side.trainer, state, np.concatenate([images for _, _, images in waiting])
+        )
         end = 0
         for client, held, images in waiting:
             start, end = end, end + len(images)
@@ -136,13 +138,9 @@ def evaluate(
         mine = tally(method.predict_client(state, c.client, c.test, share), c.test_labels)
         own.append(mine)
         held.append(
-            tally(
-                method.predict_client(state, c.client, c.validation, share), c.validation_labels
-            )
+            tally(method.predict_client(state, c.client, c.validation, share), c.validation_labels)
         )
-        held_global.append(
-            tally(method.predict_global(state, c.validation), c.validation_labels)
-        )
+        held_global.append(tally(method.predict_global(state, c.validation), c.validation_labels))
         rows.append(
             {
                 "client": method.federation.names[c.client],

@@ -58,7 +58,7 @@ def fit(
             balance = -torch.log(log_g.exp().mean(dim=0).clamp_min(1e-8)).mean()
             loss = -(q_all[rows] * log_g).sum(dim=1).mean() + work.load_balance * balance
             flat.gradient.zero_()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             flat.vector.sub_(flat.gradient, alpha=work.lr)
     return flat.read()
 

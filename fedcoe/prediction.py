@@ -87,7 +87,7 @@ def coordinate_search(
         before = dict(best)
         for name, values in grids.items():
             if len(values) > 1:
-                best[name] = min(values, key=lambda value: loss({**best, name: value}))  # noqa: B023
+                best[name] = min(values, key=lambda value: loss({**best, name: value}))
         if best == before:
             break
     return best

@@ -296,9 +296,9 @@ def predict(
 ) -> None:
     """Predict classes of images of a client that never took part."""
     import numpy as np
+    from fedcoe.data.sources.images import read_images
 
     from fedcoe.bundle import load_bundle
-    from fedcoe.data.sources.images import read_images
 
     if mode not in ("none", "unlabelled"):
         raise FedCoEError(f"--mode {mode}: there are none and unlabelled")
@@ -306,7 +306,7 @@ def predict(
     federation = bundle.method.federation
     names, pixels = read_images(images, federation.shape)
     p = np.exp(bundle.predict(pixels, mode))  # type: ignore[arg-type]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image": name, "class": federation.class_names[int(row.argmax())], "p": float(row.max())}
         for name, row in zip(names, p, strict=True)
     ]
@@ -328,7 +328,11 @@ def doctor(root: Root = Path("."), as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(findings))
     else:
-        marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red]"}
+        marks = {
+            "ok": "[green]ok[/green]",
+            "note": "[yellow]note[/yellow]",
+            "bad": "[red]bad[/red]",
+        }
         table = Table(box=None, show_header=False)
         for finding in findings:
             table.add_row(marks[finding["status"]], finding["what"], finding["found"])

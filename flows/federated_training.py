@@ -89,14 +89,14 @@ def _train(run: Run, tracking: Tracking, settings: Settings, baseline: bool) -> 
         row |= {"images_per_second": record.images / seconds, "train_seconds": seconds}
 
         if evaluation_due(method, state):
-            state, *figures = evaluated = _evaluate(run, state)
-            row |= history.add_evaluation(*figures, dict(state.diagnostics))
+            state, evaluation, new = evaluated = _evaluate(run, state)
+            row |= history.add_evaluation(evaluation, new, dict(state.diagnostics))
         checkpoint(run, plan.round, state, history)
         tracking.log_metrics(row, plan.round)
         report_progress("round", **row)
     # A run killed between its last checkpoint and its results evaluates the last state again.
-    state, *figures = evaluated or _evaluate(run, state)
-    return _finish(run, tracking, state, history, *figures, baseline=baseline)
+    state, evaluation, new = evaluated or _evaluate(run, state)
+    return _finish(run, tracking, state, history, evaluation, new, baseline=baseline)
 
 
 Evaluated = tuple[ServerState, Evaluation, list[NewClient]]
@@ -125,9 +125,7 @@ def _evaluate(run: Run, state: ServerState) -> Evaluated:
     new = range(partition.seen, partition.clients)
     shards = engine.shards(new, [int(samples[k]) for k in new])
     sent = unmapped(state.for_clients())
-    served = cold_start_evaluate.map(
-        unmapped(run), rnd, _numbered(shards), sent, shards
-    ).result()
+    served = cold_start_evaluate.map(unmapped(run), rnd, _numbered(shards), sent, shards).result()
     return state, evaluation, [client for shard in served for client in shard]
 
 

@@ -1,4 +1,4 @@
-"""The stages of dvc.yaml. Only training is a Prefect flow; the others read files and write files."""
+"""The stages of dvc.yaml but training, which is a Prefect flow. They read and write files."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,9 +30,7 @@ def partition_data(root: Path, overrides: Sequence[str] = ()) -> list[str]:
         dataset.client_train,
         dataset.info.clients,
     )
-    save_partition(
-        partition, settings, dataset.y_train, dataset.info.classes, root / "partitions"
-    )
+    save_partition(partition, settings, dataset.y_train, dataset.info.classes, root / "partitions")
     return list(partition.warnings)
 
 

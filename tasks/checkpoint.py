@@ -50,7 +50,7 @@ class History:
         return row
 
     def total(self, name: str) -> int:
-        return sum(row[name] for row in self.rounds)
+        return sum(int(row[name]) for row in self.rounds)
 
     @property
     def best_round(self) -> int:
@@ -61,7 +61,7 @@ class History:
             + row["validation_personalized_accuracy"]
             for row in self.curves
         }
-        return max(score, key=lambda r: (score[r], r))
+        return int(max(score, key=lambda r: (score[r], r)))
 
 
 def _path(run: Run, round_: int) -> Path:

@@ -119,8 +119,9 @@ def learning_curves(
         axes.tick_params(colors=MUTED, labelsize=8, length=0, labelleft=True)
         if axes.lines:
             axes.legend(loc="lower right", labelcolor=INK, reverse=True)
-    figure.set_label(f"Learning curves of {method}. At the end: {', '.join(said) or 'no data'}.")
-    return figure
+    return _settled(
+        figure, f"Learning curves of {method}. At the end: {', '.join(said) or 'no data'}."
+    )
 
 
 @style.context(_STYLE, after_reset=True)
@@ -145,11 +146,11 @@ def correlation_heatmap(clients: pd.DataFrame) -> Figure:
     if values.shape[1] > MAX_VALUES:
         _scale(figure, mesh, [axes], "correlation")
     share = np.bincount(values.argmax(axis=1), minlength=values.shape[1])
-    figure.set_label(
+    return _settled(
+        figure,
         f"Correlation of {len(values)} clients with {values.shape[1]} experts. Clients that belong "
-        f"most to each expert: {', '.join(f'{m}: {n}' for m, n in enumerate(share))}."
+        f"most to each expert: {', '.join(f'{m}: {n}' for m, n in enumerate(share))}.",
     )
-    return figure
 
 
 @style.context(_STYLE, after_reset=True)
@@ -187,11 +188,11 @@ def expert_client_accuracy(clients: pd.DataFrame) -> Figure:
     else:
         right.remove()
     mean = _means(single, [np.arange(len(single))])[0]
-    figure.set_label(
+    return _settled(
+        figure,
         f"Accuracy of {single.shape[1]} single experts on {len(single)} clients' test data. Means: "
-        f"{', '.join(f'expert {m}: {a:.1%}' for m, a in enumerate(mean))}."
+        f"{', '.join(f'expert {m}: {a:.1%}' for m, a in enumerate(mean))}.",
     )
-    return figure
 
 
 @style.context(_STYLE, after_reset=True)
@@ -259,11 +260,11 @@ def clients_by_classes(
         for row, value in enumerate(total):
             _note(bars, f"{value:.0f}", (value, row + 0.5), color=MUTED, fontsize=7)
     sizes = table.sum(axis=1)
-    figure.set_label(
+    return _settled(
+        figure,
         f"Partition: {', '.join(panels).lower()}, {len(classes)} classes"
-        + (f", {sizes.min():.0f} to {sizes.max():.0f} samples a client." if len(sizes) else ".")
+        + (f", {sizes.min():.0f} to {sizes.max():.0f} samples a client." if len(sizes) else "."),
     )
-    return figure
 
 
 def to_svg(figure: Figure) -> str:
@@ -273,7 +274,7 @@ def to_svg(figure: Figure) -> str:
     width follows the page, and colours are CSS variables (`--figure-ink`, `-muted`, `-grid`,
     `-paper`, `-method`, `-baseline`) that fall back to the light theme.
     """
-    label = figure.get_label()
+    label = str(figure.get_label())
     drawn = StringIO()
     # Ids are hashes of what they name; salting with the label keeps them apart on one page.
     with style.context(_STYLE | {"svg.hashsalt": f"fedcoe {label}"}, after_reset=True):
@@ -303,6 +304,14 @@ def _tidy(tag: str) -> str:
     )
 
 
+def _settled(figure: Figure, label: str) -> Figure:
+    """Name the figure and lay it out once: constrained layout shifts a little at every drawing."""
+    figure.set_label(label)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
 def _line(
     axes: Axes, curves: pd.DataFrame, column: str, label: str, color: str, **line: Any
 ) -> tuple[float, float] | None:
@@ -313,7 +322,7 @@ def _line(
     if not len(points):
         return None
     # A point without a neighbour draws no line: show few points as points.
-    dots = {"marker": "o", "markersize": 3} if len(points) < 15 else {}
+    dots: dict[str, Any] = {"marker": "o", "markersize": 3} if len(points) < 15 else {}
     axes.plot(*points.T, label=label, color=color, **dots, **line)
     return float(points[-1, 0]), float(points[-1, 1])
 
@@ -325,7 +334,7 @@ def _note(axes: Axes, text: str, at: tuple[float, float], **font: Any) -> None:
 def _matrix(table: pd.DataFrame, prefix: str) -> Floats:
     """Columns prefix0, prefix1, ... as [rows, M]."""
     columns = [f"{prefix}{m}" for m in range(sum(str(c).startswith(prefix) for c in table))]
-    return table[columns].to_numpy(dtype=np.float64)
+    return np.asarray(table[columns], dtype=np.float64)
 
 
 def _by_largest(values: Floats) -> npt.NDArray[np.intp]:
@@ -393,7 +402,7 @@ def _heatmap(
     axes.set_ylim(len(values), 0)
     axes.spines[:].set_visible(False)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
-    tilt = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    tilt: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     tilted = max(map(len, columns), default=0) * len(columns) > 45
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **(tilt if tilted else {}))
     axes.tick_params(colors=INK, labelsize=7.5, length=0)
@@ -411,6 +420,6 @@ def _heatmap(
 def _scale(figure: Figure, mesh: QuadMesh, axes: list[Axes], label: str) -> None:
     """The colour scale, for heatmaps whose cells are too many to hold numbers."""
     bar = figure.colorbar(mesh, ax=axes, location="bottom", aspect=40, pad=0.02, format="{x:.0%}")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label(label, color=MUTED)
     bar.ax.tick_params(colors=MUTED, labelsize=7.5, length=0)

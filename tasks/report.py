@@ -93,7 +93,7 @@ def _content(root: Path) -> Values:
     if (root / "data/dataset.json").exists():
         dataset = _json(root, "data/dataset.json", "name")
 
-    name = _NAMES.get(evaluate["method"], evaluate["method"])
+    name = _NAMES.get(evaluate["method"], str(evaluate["method"]))
     baseline = theirs["evaluate"].get("method", "fedavg") if theirs else ""
     baseline = _NAMES.get(baseline, baseline)
     ours = evaluate | {"cold": cold}
@@ -166,16 +166,17 @@ def _json(root: Path, path: str, *keys: str) -> Values:
 
 def _table(root: Path, path: str, *columns: str, optional: bool = False) -> pd.DataFrame:
     """A CSV file; `optional`: columns that are not there are filled with NaN."""
-    # Texts through converters: a client may be called "NA", and group 1 must not become 1.0.
-    texts = dict.fromkeys(("client", "feature_group", "expert"), str)
     try:
-        table = pd.read_csv(root / path, converters=texts)
+        # As text first: a client may be called "NA", and group 1 must not become 1.0.
+        table = pd.read_csv(root / path, dtype=str, keep_default_na=False)
     except FileNotFoundError:
         raise FedCoEError(f"{path}: no such file; {_NEXT}") from None
     except pd.errors.EmptyDataError:
         table = pd.DataFrame()
     except (OSError, ValueError) as error:
         raise FedCoEError(f"{path}: damaged ({error}); {_NEXT}") from None
+    for column in table.columns.difference(["client", "kind", "feature_group", "expert"]):
+        table[column] = pd.to_numeric(table[column], errors="coerce")
     missing = [column for column in columns if column not in table]
     if missing and not optional:
         raise FedCoEError(f"{path}: lacks the column {', '.join(missing)}; {_NEXT}")

@@ -12,14 +12,14 @@ import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from fedcoe.bundle import Bundle, load_bundle
 from fedcoe.errors import FedCoEError
 from fedcoe.prediction import log_posterior
 
 
-class ServedModel(PythonModel):  # type: ignore[misc]
+class Predictor:
     """uint8 images [n, H, W, C] to probabilities [n, classes] (gate: [n, experts])."""
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -38,7 +38,8 @@ class ServedModel(PythonModel):  # type: ignore[misc]
                 shutil.copy(experts, models / "experts")
             self.bundle: Bundle = load_bundle(models, only=only)
 
-    # Without type hints: MLflow takes them for a schema, and ours is in the signature.
+    # Without type hints, and in a class of its own: MLflow takes hints for a schema, warns of the
+    # lack of them, and does neither with what a PythonModel inherits. Ours is in the signature.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         try:
             images = np.asarray(model_input)
@@ -57,6 +58,10 @@ class ServedModel(PythonModel):  # type: ignore[misc]
             return np.asarray(np.exp(log_posterior(scores.experts[0])))
         except FedCoEError as error:
             raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from None
+
+
+class ServedModel(Predictor, PythonModel):
+    """What MLflow loads."""
 
 
 set_model(ServedModel())

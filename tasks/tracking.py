@@ -180,7 +180,10 @@ def register_models(
         return []
     registered: list[str] = []
     with tracking._passing("registered models"):
-        import mlflow
+        import mlflow.pyfunc
+
+        # Asked for although the signature is given. Set after the import, which resets filters.
+        warnings.filterwarnings("ignore", message=".*An input example was not")
 
         shared = {
             "method": run.settings.method.name,
@@ -208,10 +211,7 @@ def register_models(
         with (
             mlflow.start_run(run_id=tracking.run_id),
             tempfile.TemporaryDirectory() as scratch,
-            warnings.catch_warnings(),
         ):
-            # MLflow asks for an input example although the signature is given.
-            warnings.simplefilter("ignore")
             for name, config, tags in parts:
                 part = Path(scratch) / "part.json"
                 part.write_text(json.dumps(config))
@@ -243,7 +243,7 @@ def _register(
         if (models / "gate.safetensors").exists():
             artifacts["gate"] = models / "gate.safetensors"
     outputs = run.method.experts if config["part"] == "gate" else run.method.federation.classes
-    params = None
+    params = ParamSchema([])
     if config["part"] == "mixture":
         params = ParamSchema(
             [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition
@@ -52,6 +53,7 @@ class Site:
         # One thread a process: two OpenMP threads beside another busy process are several times
         # slower than one, and results must not depend on the thread count.
         torch.set_num_threads(1)
+        threadpool_limits(1)
         dataset = load_dataset(self.data)
         info = dataset.info
         height, width, channels = info.shape
@@ -141,9 +143,7 @@ class Engine:
             "lower runtime.workers or train.batch_size"
         )
 
-    def map(
-        self, function: Callable[..., R], *args: object, over: Sequence[object]
-    ) -> list[R]:
+    def map(self, function: Callable[..., R], *args: object, over: Sequence[object]) -> list[R]:
         """`function(side, *args, item)` for every item, at once; results in the items' order."""
         with ThreadPoolExecutor(max(len(over), 1)) as threads:
             return list(threads.map(lambda item: self.run(function, *args, item), over))

@@ -6,7 +6,7 @@ Batches are cut, augmented and normalised whole; no Python runs per sample.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedcoe.engine.clients import ClientData
-from fedcoe.models import build_expert
+from fedcoe.models import Expert, build_expert
 from fedcoe.models.flat import FlatModel, Vector
 from fedcoe.streams import stream
 
@@ -109,7 +109,8 @@ class Trainer:
     @property
     def head_parameters(self) -> int:
         """Parameters of the linear head; they stand last in the flat vector."""
-        return sum(p.numel() for p in self.flat.module.head.parameters())  # type: ignore[union-attr]
+        head = cast(Expert, self.flat.module).head
+        return sum(p.numel() for p in head.parameters())
 
     def prepare(self, images: Images | Tensor) -> Tensor:
         """uint8 [B, H, W, C] to normalised float [B, C, H, W] in channels-last memory."""
@@ -127,7 +128,9 @@ class Trainer:
         for fit in fits:
             yield fit, self._fit(fit, work, *data.train(fit.client))
 
-    def _fit(self, fit: Fit, work: LocalWork, images: Images, labels: NDArray[np.int64]) -> FitResult:
+    def _fit(
+        self, fit: Fit, work: LocalWork, images: Images, labels: NDArray[np.int64]
+    ) -> FitResult:
         flat, model = self.flat, self.flat.module
         flat.load(fit.start)
         velocity = torch.zeros_like(flat.vector)
@@ -152,7 +155,7 @@ class Trainer:
                     each = F.cross_entropy(logits, y_all[rows], reduction="none")
                     loss = (r * each).sum() / r.sum().clamp_min(1e-6)
                 flat.gradient.zero_()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 gradient = flat.gradient
                 if work.weight_decay:
                     gradient.add_(flat.vector, alpha=work.weight_decay)
@@ -177,13 +180,13 @@ class Trainer:
             [n, C] logits and, if asked for, [n, D] penultimate features.
         """
         self.flat.load(vector)
-        expert = self.flat.module
+        expert = cast(Expert, self.flat.module)
         logits, penultimate = [], []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             with self._autocast():
-                hidden = expert.features(self.prepare(batch))  # type: ignore[operator]
-                logits.append(expert.head(hidden).float())  # type: ignore[operator]
+                hidden = expert.features(self.prepare(batch))
+                logits.append(expert.head(hidden).float())
             if features:
                 penultimate.append(hidden.float())
         return torch.cat(logits).numpy(), torch.cat(penultimate).numpy() if features else None

@@ -13,7 +13,6 @@ Functions that take a `ClientSide` run in workers; all others on the server. The
 those of a pool of experts without a gate; with one expert they are FedAvg.
 """
 
-from abc import ABC
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -158,7 +157,7 @@ class Scores:
         return Scores(self.experts[:, part], cut(self.gate), cut(self.head), cut(self.personal))
 
 
-class Method(ABC):
+class Method:
     """Base of all methods: `settings` and `federation` are its only state."""
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
@@ -380,9 +379,7 @@ class Method(ABC):
             return log_p
         return prediction.reweight(log_p, prior, self.trained_prior)
 
-    def predict_client(
-        self, state: ServerState, client: int, scores: Scores, share: float
-    ) -> Log:
+    def predict_client(self, state: ServerState, client: int, scores: Scores, share: float) -> Log:
         """Personalized prediction; `share` is the personal expert's weight b_k."""
         prior = prediction.prior_from_counts(self.federation.label_counts[client])
         log_p = self.predict_with(state, scores, prior, state.correlation[client])

@@ -9,11 +9,11 @@ from fedcoe.methods.base import Method
 from fedcoe.methods.settings import MethodSettings
 
 
-class Settings(MethodSettings):
+class FedAvgSettings(MethodSettings):
     name: Literal["fedavg"] = "fedavg"
 
 
 class FedAvg(Method):
     """The base class with one expert is FedAvg."""
 
-    Settings = Settings
+    Settings = FedAvgSettings

@@ -43,7 +43,7 @@ SHARED_INPUTS = 256
 SKETCH = 64
 
 
-class Settings(MethodSettings):
+class FedCoESettings(MethodSettings):
     name: Literal["fedcoe"] = "fedcoe"
     balanced_softmax: bool = True
     server_momentum: float = Field(0.7, ge=0.0, lt=1.0)
@@ -81,7 +81,7 @@ class Settings(MethodSettings):
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> "Settings":
+    def _possible(self) -> "FedCoESettings":
         if self.experts_per_client > self.experts:
             raise ValueError(
                 f"experts_per_client = {self.experts_per_client}: at most experts = {self.experts}"
@@ -123,9 +123,9 @@ class GateMessage:
 
 
 class FedCoE(Method):
-    Settings = Settings
+    Settings = FedCoESettings
     has_gate = True
-    settings: Settings
+    settings: FedCoESettings
 
     @property
     def experts(self) -> int:
@@ -235,7 +235,7 @@ class FedCoE(Method):
         logits = np.stack([logits for logits, _ in outputs])
         log_c = np.log(state.correlation[order.client, list(order.experts)])
         scaled = log_c - sample_losses(logits, labels) / self.settings.gate_temperature
-        return np.exp(log_softmax(scaled, axis=1)).astype(np.float32)
+        return np.asarray(np.exp(log_softmax(scaled, axis=1)), np.float32)
 
     def note(
         self,
@@ -273,7 +273,7 @@ class FedCoE(Method):
             if message.statistics is not None:
                 y = np.eye(self.federation.classes)[labels]
                 message.statistics.add(design, np.concatenate([q, y], axis=1))
-                own = shared_design @ ridge(design, q, s.ridge)
+                own: NDArray[np.floating] = shared_design @ ridge(design, q, s.ridge)
             else:
                 trained = neural_gate.fit(
                     trainer,
@@ -446,16 +446,15 @@ class FedCoE(Method):
         return prediction.reweight(log_p, prior, uniform)
 
     def correlation_unlabelled(self, state: ServerState, inputs: Scores) -> NDArray[np.float64]:
-        return correlation.normalise(
-            self._mean_gate(state, inputs)[None], self.settings.correlation_floor
-        )[0]
+        mean = self._mean_gate(state, inputs)[None]
+        return np.asarray(correlation.normalise(mean, self.settings.correlation_floor)[0])
 
     def correlation_labelled(
         self, state: ServerState, inputs: Scores, labels: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         losses = sample_losses(inputs.experts, labels).mean(axis=0)
         c = self._posterior(losses[None], self._mean_gate(state, inputs)[None])
-        return correlation.normalise(c, self.settings.correlation_floor)[0]
+        return np.asarray(correlation.normalise(c, self.settings.correlation_floor)[0])
 
     # ------------------------------------------------------------- accounting
 
@@ -471,9 +470,7 @@ class FedCoE(Method):
         return clients * up, clients * 4 * experts * parameters
 
 
-def sample_losses(
-    logits: NDArray[np.float32], labels: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def sample_losses(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """[M, n, C] logits and [n] labels to [n, M] cross-entropies."""
     log_p = prediction.log_posterior(logits)
     return np.asarray(-log_p[:, np.arange(len(labels)), labels].T)

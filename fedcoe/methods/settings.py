@@ -1,7 +1,7 @@
 """Settings every method takes, and how `method:` in params.yaml finds the class for its name.
 
-A method is one file in this package. It defines a `MethodSettings` subclass and a `Method`
-subclass; the file's name is the method's name. Nothing else has to be edited to add one.
+A method is one file in this package. It defines one `Method` subclass, whose `Settings` names its
+`MethodSettings`; the file's name is the method's name. Nothing else is edited to add one.
 """
 
 import importlib
@@ -42,8 +42,17 @@ def method_names() -> list[str]:
 
 
 @cache
-def _module(name: str) -> Any:
-    return importlib.import_module(f"fedcoe.methods.{name}")
+def method_class(name: str) -> Any:
+    """The `Method` subclass that a method's file defines."""
+    module = importlib.import_module(f"fedcoe.methods.{name}")
+    [found] = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and value.__module__ == module.__name__
+        and issubclass(getattr(value, "Settings", object), MethodSettings)
+    ]
+    return found
 
 
 def settings_for(values: Mapping[str, Any]) -> MethodSettings:
@@ -60,23 +69,10 @@ def settings_for(values: Mapping[str, Any]) -> MethodSettings:
     name = values.get("name", "fedcoe")
     if name not in method_names():
         raise ValueError(f"no method {name!r}; there are: {', '.join(method_names())}")
-    own: type[MethodSettings] = _module(name).Settings
+    own: type[MethodSettings] = method_class(name).Settings
     known_elsewhere = {
-        key for other in method_names() for key in _module(other).Settings.model_fields
+        key for other in method_names() for key in method_class(other).Settings.model_fields
     } - set(own.model_fields)
     return own.model_validate(
         {"name": name} | {key: v for key, v in values.items() if key not in known_elsewhere}
     )
-
-
-def method_class(name: str) -> Any:
-    """The `Method` subclass of a method's file."""
-    module = _module(name)
-    [found] = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and value.__module__ == module.__name__
-        and getattr(value, "Settings", None) is module.Settings
-    ]
-    return found

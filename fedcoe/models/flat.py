@@ -63,8 +63,7 @@ def to_tensors(vector: Vector, layout: Layout) -> dict[str, Vector]:
     sizes = [int(np.prod(shape)) for shape in layout.values()]
     parts = np.split(vector, np.cumsum(sizes)[:-1])
     return {
-        name: part.reshape(shape)
-        for (name, shape), part in zip(layout.items(), parts, strict=True)
+        name: part.reshape(shape) for (name, shape), part in zip(layout.items(), parts, strict=True)
     }
 
 

@@ -83,7 +83,7 @@ def _cold(base: float) -> dict[str, Any]:
 def write_run(
     root: Path,
     *,
-    clients: int = 20,
+    clients: int = 10,
     experts: int = 4,
     baseline: bool = True,
     names: Sequence[str] = (),

@@ -38,16 +38,15 @@ def test_report_shows_headline_accuracies_and_their_differences(make_run: RunWri
 
 
 def test_report_is_byte_identical_for_identical_inputs(make_run: RunWriter, tmp_path: Path) -> None:
-    root = make_run()
+    root = make_run(clients=8)
     first = build_report(root).read_bytes()
-    assert build_report(root).read_bytes() == first
     elsewhere = shutil.copytree(root, tmp_path / "another" / "place")
     assert build_report(elsewhere).read_bytes() == first
     assert str(tmp_path).encode() not in first
 
 
 def test_report_follows_its_inputs(make_run: RunWriter) -> None:
-    root = make_run()
+    root = make_run(clients=8)
     first = build_report(root).read_text()
     table = pd.read_csv(root / "plots/clients.csv")
     table.assign(accuracy=0.1234).to_csv(root / "plots/clients.csv", index=False)

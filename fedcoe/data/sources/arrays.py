@@ -35,10 +35,10 @@ def from_arrays(path: str | Path) -> RawDataset:
 
 
 def _read(path: Path) -> RawDataset:
-    _check_sizes(path)
+    check_sizes(path)
     with np.load(path, allow_pickle=False) as file:
         arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
-    x_train, x_test = (_images(name, arrays[name]) for name in ("x_train", "x_test"))
+    x_train, x_test = (as_images(name, arrays[name]) for name in ("x_train", "x_test"))
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(
             f"x_train has images of {list(x_train.shape[1:])} (H,W,C), "
@@ -67,7 +67,7 @@ def _read(path: Path) -> RawDataset:
     )
 
 
-def _check_sizes(path: Path) -> None:
+def check_sizes(path: Path) -> None:
     """Compare what headers claim with what the file can hold, before anything is allocated."""
     total = 0
     with zipfile.ZipFile(path) as archive:
@@ -102,7 +102,7 @@ def _check_sizes(path: Path) -> None:
         raise ValueError(f"unpacks to {total / 2**30:.0f} GiB, at most {MAX_BYTES >> 30} are read")
 
 
-def _images(name: str, images: NDArray[Any]) -> NDArray[np.uint8]:
+def as_images(name: str, images: NDArray[Any]) -> NDArray[np.uint8]:
     if images.dtype != np.uint8:
         hint = "; for floats in 0..1: (x * 255).round().astype('uint8')"
         raise ValueError(

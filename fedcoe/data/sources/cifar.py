@@ -5,7 +5,7 @@ import tarfile
 import zlib
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,7 +160,7 @@ def _encode(text: str, *_: object) -> bytes:
 class _Unpickler(pickle.Unpickler):
     """Knows the few names that a pickled array consists of, and answers with harmless stand-ins."""
 
-    _NAMES = {
+    _NAMES: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy", "ndarray"): _Array,

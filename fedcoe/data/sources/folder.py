@@ -6,7 +6,7 @@ files that are no images are refused by name.
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ def _assemble(root: Path, trained: list[_Item], tested: list[_Item]) -> RawDatas
     for item in tested:
         if item.label not in index:
             raise FedCoEError(f"{item.path}: class {item.label!r} has no training image")
-    headers = [_header(item.path) for item in (*trained, *tested)]
+    headers = [read_header(item.path) for item in (*trained, *tested)]
     sizes = Counter(size for size, _ in headers)
     size = max(sizes, key=lambda key: (sizes[key], key))
     mode = "L" if all(gray for _, gray in headers) else "RGB"
@@ -96,9 +96,9 @@ def _assemble(root: Path, trained: list[_Item], tested: list[_Item]) -> RawDatas
     if mode == "RGB" and (grays := sum(gray for _, gray in headers)):
         notes.append(f"{grays} of {len(headers)} images are gray and were turned into RGB")
     return RawDataset(
-        x_train=_pixels(trained, size, mode),
+        x_train=read_pixels([item.path for item in trained], size, mode),
         y_train=np.array([index[item.label] for item in trained]),
-        x_test=_pixels(tested, size, mode),
+        x_test=read_pixels([item.path for item in tested], size, mode),
         y_test=np.array([index[item.label] for item in tested]),
         classes=tuple(classes),
         source=f"folder {root.name}",
@@ -179,7 +179,7 @@ def _draw_test(path: Path, items: list[_Item], seed: int) -> NDArray[np.bool_]:
     return test
 
 
-def _header(path: Path) -> tuple[tuple[int, int], bool]:
+def read_header(path: Path) -> tuple[tuple[int, int], bool]:
     """(width, height) and whether it is gray, without decoding."""
     with _open(path) as image:
         if image.width * image.height > _MAX_PIXELS:
@@ -189,14 +189,19 @@ def _header(path: Path) -> tuple[tuple[int, int], bool]:
         return image.size, image.mode in _GRAY
 
 
-def _pixels(items: list[_Item], size: tuple[int, int], mode: str) -> NDArray[np.uint8]:
-    pixels = np.empty((len(items), size[1], size[0], len(mode)), dtype=np.uint8)
-    for row, item in enumerate(items):
-        with _open(item.path) as image:
+def read_pixels(paths: Sequence[Path], size: tuple[int, int], mode: str) -> NDArray[np.uint8]:
+    """Images resized to `size` (width, height) in PIL's `mode` (L or RGB): [n, H, W, C].
+
+    Raises:
+        FedCoEError: naming the file that is no readable image.
+    """
+    pixels = np.empty((len(paths), size[1], size[0], len(mode)), dtype=np.uint8)
+    for row, path in enumerate(paths):
+        with _open(path) as image:
             try:
                 image = image.convert(mode)
             except Exception as error:  # decoders meet broken files with any exception
-                raise _unreadable(item.path, error) from None
+                raise _unreadable(path, error) from None
             if image.size != size:
                 image = image.resize(size, Image.Resampling.BILINEAR)
             pixels[row] = np.asarray(image).reshape(pixels.shape[1:])

@@ -1,0 +1,37 @@
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-fast lint bench clean
+PYTHON ?= python3
+BIN := .venv/bin
+# Commands that DVC starts find `fedcoe` on the PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+STAMP := .venv/.installed
+
+help:  ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+install: $(STAMP)  ## Make .venv with the tested versions
+
+run: install  ## Fetch the data and reproduce the whole pipeline
+	fedcoe fetch
+	dvc repro
+	@echo "report: reports/index.html"
+
+test: install  ## The whole test suite
+	python -m pytest
+
+test-fast: install  ## Tests that take seconds
+	python -m pytest -m 'not slow and not browser'
+
+lint: install  ## Formatting, rules and types
+	ruff format --check .
+	ruff check .
+	mypy
+
+clean:  ## Remove what runs produce; the data stays
+	rm -rf models partitions metrics plots reports .fedcoe

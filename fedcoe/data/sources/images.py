@@ -1,0 +1,46 @@
+"""Images to predict: a folder of image files, or an .npz with an array `x`; no labels."""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcoe.data.sources.arrays import as_images, check_sizes
+from fedcoe.data.sources.folder import read_header, read_pixels
+from fedcoe.errors import FedCoEError
+
+
+def read_images(path: Path, shape: tuple[int, int, int]) -> tuple[list[str], NDArray[np.uint8]]:
+    """Read images as a model takes them.
+
+    Args:
+        path: a folder (searched in depth, in the order of names), one image file, or an .npz.
+        shape: height, width, channels; files are resized and converted, arrays must fit.
+
+    Returns:
+        Names and uint8 [n, H, W, C].
+
+    Raises:
+        FedCoEError: naming the file and what is wrong with it.
+    """
+    height, width, channels = shape
+    if path.suffix == ".npz":
+        try:
+            check_sizes(path)
+            with np.load(path, allow_pickle=False) as file:
+                pixels = as_images("x", file["x"])
+        except (KeyError, zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
+            raise FedCoEError(f"{path}: {' '.join(str(error).split())}") from None
+        return [str(row) for row in range(len(pixels))], pixels
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
+    else:
+        files = [path]
+    if not files or not path.exists():
+        raise FedCoEError(f"{path}: no images there; name a folder, an image or an .npz with x")
+    for file in files:
+        read_header(file)
+    names = [str(file.relative_to(path)) if file != path else file.name for file in files]
+    return names, read_pixels(files, (width, height), "L" if channels == 1 else "RGB")
