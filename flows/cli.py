@@ -36,6 +36,7 @@ Overrides = Annotated[
     list[str],
     typer.Option("--set", "-S", help="A setting that wins over params.yaml, as section.key=value."),
 ]
+NO_OVERRIDES: list[str] = []
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -107,33 +108,51 @@ def _dvc_add(root: Path) -> None:
     epilog="Examples:  fedcoe train   |   fedcoe train -S method.experts=2 -S train.rounds=50"
 )
 def train(
-    root: Root = Path("."),
-    overrides: Overrides = [],  # noqa: B006
-    baseline: Annotated[
-        str | None,
-        typer.Option(help="Train this method instead and write only metrics/baseline.json."),
-    ] = None,
-    as_json: AsJson = False,
+    root: Root = Path("."), overrides: Overrides = NO_OVERRIDES, as_json: AsJson = False
 ) -> None:
     """Train once, without DVC: partition, rounds, models, figures. Resumes if interrupted."""
     from flows.pipeline import partition_data
 
     _warn(partition_data(root, overrides))
-    _show(_train(root, overrides, baseline), as_json)
+    _show(_train(root=str(root), overrides=overrides), as_json)
 
 
-def _train(root: Path, overrides: list[str], baseline: str | None) -> dict[str, Any]:
-    from fedcoe.config import load_settings
-
-    # Before Prefect starts its server: mistakes in the settings answer at once.
-    load_settings(root / "params.yaml", overrides)
+def _train(**parameters: Any) -> dict[str, float]:
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     from flows.federated_training import federated_training
 
     # Joining the heartbeat thread costs a second at the end of every flow.
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), _progress():
-        return dict(federated_training(str(root), overrides, baseline))
+        return dict(federated_training(**parameters))
+
+
+@app.command(
+    epilog="Examples:  fedcoe compare   |   "
+    "fedcoe compare --methods fedcoe,fedavg --seeds 0,1,2 --name mnist5k"
+)
+def compare(
+    root: Root = Path("."),
+    overrides: Overrides = NO_OVERRIDES,
+    methods: Annotated[str, typer.Option(help="Methods, by comma.")] = "fedcoe,fedavg",
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of partition and training, by comma.")
+    ] = "0,1,2",
+    name: Annotated[
+        str | None, typer.Option(help="Folder under results/; default: the dataset's name.")
+    ] = None,
+) -> None:
+    """Train methods x seeds on the same footing; finished cells are not trained again."""
+    from flows.compare import compare_methods
+
+    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        raise FedCoEError(f"--seeds {seeds}: whole numbers by comma, e.g. 0,1,2")
+    names = [method.strip() for method in methods.split(",")]
+    with _progress():
+        table = compare_methods(
+            str(root), overrides, names, [int(seed) for seed in seeds.split(",")], name
+        )
+    out.print(table, markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet() -> None:
@@ -220,13 +239,16 @@ def stage_partition() -> None:
 @stage.command("train")
 def stage_train() -> None:
     """Train: models/, metrics/train.json, plots/curves.csv."""
-    _show(_train(Path("."), [], None), False)
+    _show(_train(), False)
 
 
 @stage.command("baseline")
 def stage_baseline() -> None:
-    """Train FedAvg on the same footing: metrics/baseline.json."""
-    _show(_train(Path("."), [], "fedavg"), False)
+    """Train FedAvg on the same footing: metrics/baseline.json, plots/baseline_curves.csv."""
+    from flows.pipeline import write_baseline_curves
+
+    _show(_train(method="fedavg", figures="metrics/baseline.json"), False)
+    write_baseline_curves(Path("."))
 
 
 @stage.command("evaluate")
@@ -296,9 +318,9 @@ def predict(
 ) -> None:
     """Predict classes of images of a client that never took part."""
     import numpy as np
-    from fedcoe.data.sources.images import read_images
 
     from fedcoe.bundle import load_bundle
+    from fedcoe.data.sources.images import read_images
 
     if mode not in ("none", "unlabelled"):
         raise FedCoEError(f"--mode {mode}: there are none and unlabelled")

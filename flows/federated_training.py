@@ -27,48 +27,55 @@ from tasks.expert_aggregate import expert_aggregate
 from tasks.gate_update import gate_statistics, gate_update
 from tasks.local_train import local_train
 from tasks.progress import report_progress
-from tasks.results import run_figures, write_baseline, write_models
+from tasks.results import run_figures, write_figures, write_models
 from tasks.run import Run, open_run
 from tasks.tracking import Tracking, register_models, start_tracking
 
 
 def _name() -> str:
     given = flow_run.parameters
-    return f"{'baseline' if given.get('baseline') else 'training'} · {given.get('root', '.')}"
+    return f"{given.get('method') or 'training'} · {given.get('partitions', 'partitions')}"
 
 
 @flow(name="federated-training", flow_run_name=_name, validate_parameters=False)
 def federated_training(
-    root: str = ".", overrides: Sequence[str] = (), baseline: str | None = None
-) -> dict[str, Any]:
+    root: str = ".",
+    overrides: Sequence[str] = (),
+    method: str | None = None,
+    figures: str | None = None,
+    partitions: str = "partitions",
+) -> dict[str, float]:
     """Train as params.yaml says and write models, metrics and plots.
 
     Args:
         root: folder of params.yaml, data/ and partitions/.
         overrides: `section.key=value` settings that win over params.yaml.
-        baseline: train this method instead, with its default settings and everything else
-            equal, and write only its figures (metrics/baseline.json).
+        method: train this method instead, with its default settings and all else equal.
+        figures: write no models and plots, only the figures, into this JSON file under `root`.
+        partitions: folder of the partition, under `root`.
 
     Returns:
-        The headline figures.
+        The headline figures: accuracies in [0, 1] by name.
     """
     folder = Path(root)
     settings = load_settings(folder / "params.yaml", overrides)
-    if baseline is not None:
-        settings = settings.model_copy(update={"method": settings_for({"name": baseline})})
-    with open_run(settings, folder) as run:
-        tracking = start_tracking(run, {"role": "baseline" if baseline else "training"})
+    if method is not None and method != settings.method.name:
+        settings = settings.model_copy(update={"method": settings_for({"name": method})})
+    with open_run(settings, folder, folder / partitions) as run:
+        tracking = start_tracking(run, {"role": "comparison" if figures else "training"})
         try:
-            figures = _train(run, tracking, settings, baseline is not None)
+            headline = _train(run, tracking, settings, folder / figures if figures else None)
         except BaseException:
             tracking.finish("FAILED")
             raise
         tracking.finish("FINISHED")
         discard(run)
-    return figures
+    return headline
 
 
-def _train(run: Run, tracking: Tracking, settings: Settings, baseline: bool) -> dict[str, Any]:
+def _train(
+    run: Run, tracking: Tracking, settings: Settings, figures: Path | None
+) -> dict[str, float]:
     method, shared = run.method, unmapped(run)
     state, history = resume(run)
     if state.round:
@@ -96,7 +103,7 @@ def _train(run: Run, tracking: Tracking, settings: Settings, baseline: bool) -> 
         report_progress("round", **row)
     # A run killed between its last checkpoint and its results evaluates the last state again.
     state, evaluation, new = evaluated or _evaluate(run, state)
-    return _finish(run, tracking, state, history, evaluation, new, baseline=baseline)
+    return _finish(run, tracking, state, history, evaluation, new, figures)
 
 
 Evaluated = tuple[ServerState, Evaluation, list[NewClient]]
@@ -136,12 +143,11 @@ def _finish(
     history: History,
     evaluation: Evaluation,
     new: list[NewClient],
-    *,
-    baseline: bool,
-) -> dict[str, Any]:
+    figures: Path | None,
+) -> dict[str, float]:
     cold_start = summary(new)
-    if baseline:
-        write_baseline(run, history, evaluation, new)
+    if figures is not None:
+        write_figures(run, figures, history, evaluation, new)
     else:
         models = write_models(run, state, history)
         register_models(run, tracking, models, evaluation, cold_start)
@@ -150,7 +156,7 @@ def _finish(
     return {
         "global": evaluation.overall["accuracy"],
         "personalized": evaluation.personalized["accuracy"],
-    } | {f"cold start, {mode}": figures["accuracy"] for mode, figures in cold_start.items()}
+    } | {f"cold start, {mode}": of["accuracy"] for mode, of in cold_start.items()}
 
 
 def _numbered(shards: Sequence[Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """The stages of dvc.yaml but training, which is a Prefect flow. They read and write files."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,9 @@ from fedcoe.evaluate import evaluate, join_scores, score_clients, score_global
 from tasks.results import evaluation_figures, write_csv, write_json
 
 
-def partition_data(root: Path, overrides: Sequence[str] = ()) -> list[str]:
+def partition_data(
+    root: Path, overrides: Sequence[str] = (), folder: str = "partitions"
+) -> list[str]:
     """Stage `partition`: deal the training data to clients. Returns warnings."""
     settings = load_settings(root / "params.yaml", overrides).partition
     dataset = load_dataset(root / "data")
@@ -30,8 +33,14 @@ def partition_data(root: Path, overrides: Sequence[str] = ()) -> list[str]:
         dataset.client_train,
         dataset.info.clients,
     )
-    save_partition(partition, settings, dataset.y_train, dataset.info.classes, root / "partitions")
+    save_partition(partition, settings, dataset.y_train, dataset.info.classes, root / folder)
     return list(partition.warnings)
+
+
+def write_baseline_curves(root: Path) -> None:
+    """Stage `baseline`, after training: the curves as a table that DVC can plot."""
+    figures = json.loads((root / "metrics" / "baseline.json").read_text())
+    write_csv(root / "plots" / "baseline_curves.csv", figures["curves"])
 
 
 @contextmanager

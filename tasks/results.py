@@ -96,19 +96,22 @@ def write_models(run: Run, state: ServerState, history: History) -> Path:
     return models
 
 
-@task(name="write baseline", cache_policy=NO_CACHE)
-def write_baseline(
-    run: Run, history: History, evaluation: Evaluation, new: Sequence[NewClient]
-) -> Path:
-    """Write `metrics/baseline.json` and `plots/baseline_curves.csv`."""
-    path = run.root / "metrics" / "baseline.json"
-    write_csv(run.root / "plots" / "baseline_curves.csv", history.curves)
+@task(name="write figures", cache_policy=NO_CACHE)
+def write_figures(
+    run: Run, path: Path, history: History, evaluation: Evaluation, new: Sequence[NewClient]
+) -> None:
+    """Write everything measured in a run into one JSON file."""
     write_json(
         path,
         {
             "train": train_figures(history),
             "evaluate": evaluation_figures(run.settings, evaluation),
             "cold_start": summary(new),
+            "clients": [row["accuracy"] for row in evaluation.clients],
+            "curves": history.curves,
+            "settings": run.settings.model_dump(mode="json", exclude={"runtime", "tune"}),
+            "dataset": run.data.dataset.info.name,
+            "data_hash": run.data.dataset.info.hash,
+            "partition_fingerprint": run.data.partition.fingerprint,
         },
     )
-    return path

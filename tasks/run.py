@@ -53,19 +53,19 @@ def run_key(settings: Settings, data: ClientData) -> str:
 
 
 @contextmanager
-def open_run(settings: Settings, root: Path) -> Iterator[Run]:
+def open_run(settings: Settings, root: Path, partitions: Path) -> Iterator[Run]:
     """Open data and partitions and start the workers; they end with the context.
 
     Raises:
         FedCoEError: data or partitions are missing; says what to run.
     """
-    data = ClientData(load_dataset(root / "data"), load_partition(root / "partitions"))
+    data = ClientData(load_dataset(root / "data"), load_partition(partitions))
     method: Method = method_class(settings.method.name)(Federation.of(settings, data))
     key = run_key(settings, data)
     personal = root / ".fedcoe" / "runs" / f"{settings.method.name}-{key}" / "personal"
     site = Site(
         root / "data",
-        root / "partitions",
+        partitions,
         personal,
         settings.model.name,
         settings.runtime.precision,
