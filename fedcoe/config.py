@@ -24,6 +24,7 @@ from ruamel.yaml.error import YAMLError
 
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import MethodSettings, settings_for
+from fedcoe.models.experts import EXPERTS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -40,7 +41,7 @@ class PartitionSettings(Section):
     """How the training split is dealt out to clients (design: `fedcoe.data.partition`)."""
 
     scheme: Literal["dirichlet", "pathological", "iid", "natural"] = Field(
-        "dirichlet", description="dirichlet | pathological | iid | natural (the data's own clients)"
+        "dirichlet", description="How samples are dealt; natural = the data's own clients"
     )
     clients: int = Field(20, ge=2, description="Seen and new clients together (natural: read off)")
     new_clients: float = Field(
@@ -63,7 +64,7 @@ class PartitionSettings(Section):
     min_samples: int = Field(10, ge=4, description="Fewest samples a client may have")
     validation: float = Field(0.15, gt=0.0, lt=1.0, description="Share of a client's samples")
     test: float = Field(0.25, gt=0.0, lt=1.0, description="Share of a client's samples")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="Root of the partition's streams")
 
     @model_validator(mode="after")
     def _possible(self) -> "PartitionSettings":
@@ -88,8 +89,14 @@ class PartitionSettings(Section):
 
 
 class ModelSettings(Section):
-    name: str = Field("cnn4", description="Expert architecture, by name (fedcoe.models.EXPERTS)")
-    personal: str = Field("same", description="Personal expert's architecture; same = as experts")
+    name: str = Field("cnn4", description="Architecture of all experts: " + ", ".join(EXPERTS))
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in EXPERTS:
+            raise ValueError(f"no such model; there are: {', '.join(EXPERTS)}")
+        return name
 
 
 class TrainSettings(Section):
@@ -121,12 +128,12 @@ class ColdStartSettings(Section):
     )
 
 
-class TuneSettings(Section):
-    trials: int = Field(20, ge=1)
-
-
 class RuntimeSettings(Section):
-    workers: int = Field(0, ge=0, le=512, description="Worker processes; 0 = one a core")
+    engine: Literal["auto", "sequential", "vectorized"] = Field(
+        "auto",
+        description="auto = vectorized on GPUs where there are any, else sequential on cores",
+    )
+    workers: int = Field(0, ge=0, le=512, description="Worker processes; 0 = one a core or GPU")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto = bf16 where the processor multiplies it natively"
     )
@@ -142,7 +149,6 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     cold_start: ColdStartSettings = ColdStartSettings()
-    tune: TuneSettings = TuneSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     @field_validator("method", mode="before")
@@ -184,7 +190,7 @@ def load_settings(path: str | Path = "params.yaml", overrides: Sequence[str] = (
     for override in overrides:
         key, equals, text = override.partition("=")
         section, dot, name = key.strip().partition(".")
-        if not (equals and dot and name):
+        if not (equals and section and dot and name):
             raise FedCoEError(f"override {override!r}: write section.key=value")
         target = values.setdefault(section, {})
         if not isinstance(target, dict):

@@ -68,12 +68,11 @@ def finish_round(
     """
     total = merged(results)
     asked = sum(len(order.experts) for order in plan.orders)
-    dropped = sum(total.dropped.values())
     quorum = method.federation.settings.train.quorum
-    if asked - dropped < quorum * asked:
+    if total.valid < quorum * asked:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(total.dropped.items()))
         raise FedCoEError(
-            f"round {plan.round}: only {max(asked - dropped, 0)} of {asked} updates are valid "
+            f"round {plan.round}: only {total.valid} of {asked} updates are valid "
             f"({reasons}), train.quorum asks for {quorum:g}; most often train.lr "
             f"({method.federation.settings.train.lr:g}) is too high"
         )
@@ -85,7 +84,7 @@ def finish_round(
     return after, RoundRecord(
         round=plan.round,
         cohort=len(plan.orders),
-        train_loss=total.loss / max(total.samples, 1),
+        train_loss=total.train_loss,
         images=total.images,
         bytes_up=up,
         bytes_down=down,

@@ -166,6 +166,7 @@ def _quiet() -> None:
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "MPLBACKEND": "Agg",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
     }.items():
         os.environ.setdefault(name, value)
 
@@ -245,10 +246,10 @@ def stage_train() -> None:
 @stage.command("baseline")
 def stage_baseline() -> None:
     """Train FedAvg on the same footing: metrics/baseline.json, plots/baseline_curves.csv."""
-    from flows.pipeline import write_baseline_curves
+    from flows.pipeline import BASELINE, write_baseline
 
-    _show(_train(method="fedavg", figures="metrics/baseline.json"), False)
-    write_baseline_curves(Path("."))
+    _show(_train(method="fedavg", figures=BASELINE), False)
+    write_baseline(Path("."))
 
 
 @stage.command("evaluate")

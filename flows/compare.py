@@ -58,7 +58,7 @@ def compare_methods(
             partition_data(folder, own, partitions)
         for method in methods:
             file = results / "cells" / f"{method}-seed{seed}.json"
-            used = settings.model_dump(mode="json", exclude={"runtime": {"workers"}, "tune": True})
+            used = settings.model_dump(mode="json", exclude={"runtime": {"workers"}})
             key = fingerprint_of([used, info.hash, method])
             if _key(folder / file) != key:
                 federated_training(root, own, method, str(file), partitions)

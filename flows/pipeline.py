@@ -14,7 +14,7 @@ from fedcoe.config import load_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition, make_partition, save_partition
 from fedcoe.engine.clients import ClientData
-from fedcoe.engine.pool import Engine, Site
+from fedcoe.engine.pool import Engine, Site, hardware
 from fedcoe.evaluate import evaluate, join_scores, score_clients, score_global
 from tasks.results import evaluation_figures, write_csv, write_json
 
@@ -37,9 +37,15 @@ def partition_data(
     return list(partition.warnings)
 
 
-def write_baseline_curves(root: Path) -> None:
-    """Stage `baseline`, after training: the curves as a table that DVC can plot."""
-    figures = json.loads((root / "metrics" / "baseline.json").read_text())
+BASELINE = ".fedcoe/baseline.json"
+"""Where stage `baseline` has all its figures written, under the root."""
+
+
+def write_baseline(root: Path) -> None:
+    """Stage `baseline`, after training: metrics/baseline.json and plots/baseline_curves.csv."""
+    figures = json.loads((root / BASELINE).read_text())
+    kept = {name: figures[name] for name in ("train", "evaluate", "cold_start")}
+    write_json(root / "metrics" / "baseline.json", kept)
     write_csv(root / "plots" / "baseline_curves.csv", figures["curves"])
 
 
@@ -49,6 +55,7 @@ def open_models(root: Path) -> Iterator[tuple[Bundle, ClientData, Engine]]:
     settings = load_settings(root / "params.yaml")
     bundle = load_bundle(root / "models")
     data = ClientData(load_dataset(root / "data"), load_partition(root / "partitions"))
+    vectorized, devices = hardware(settings.runtime.engine)
     site = Site(
         root / "data",
         root / "partitions",
@@ -56,6 +63,8 @@ def open_models(root: Path) -> Iterator[tuple[Bundle, ClientData, Engine]]:
         bundle.method.federation.settings.model.name,
         settings.runtime.precision,
         exported=True,
+        vectorized=vectorized,
+        devices=devices,
     )
     with Engine(site, settings.runtime.workers) as engine:
         yield bundle, data, engine

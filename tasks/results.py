@@ -109,7 +109,7 @@ def write_figures(
             "cold_start": summary(new),
             "clients": [row["accuracy"] for row in evaluation.clients],
             "curves": history.curves,
-            "settings": run.settings.model_dump(mode="json", exclude={"runtime", "tune"}),
+            "settings": run.settings.model_dump(mode="json", exclude={"runtime"}),
             "dataset": run.data.dataset.info.name,
             "data_hash": run.data.dataset.info.hash,
             "partition_fingerprint": run.data.partition.fingerprint,

@@ -10,7 +10,7 @@ from fedcoe.config import Settings, fingerprint_of
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition
 from fedcoe.engine.clients import ClientData
-from fedcoe.engine.pool import Engine, Site
+from fedcoe.engine.pool import Engine, Site, hardware
 from fedcoe.methods.base import Federation, Method
 from fedcoe.methods.settings import method_class
 from fedcoe.state import PersonalStore
@@ -63,12 +63,15 @@ def open_run(settings: Settings, root: Path, partitions: Path) -> Iterator[Run]:
     method: Method = method_class(settings.method.name)(Federation.of(settings, data))
     key = run_key(settings, data)
     personal = root / ".fedcoe" / "runs" / f"{settings.method.name}-{key}" / "personal"
+    vectorized, devices = hardware(settings.runtime.engine)
     site = Site(
         root / "data",
         partitions,
         personal,
         settings.model.name,
         settings.runtime.precision,
+        vectorized=vectorized,
+        devices=devices,
     )
     with Engine(site, settings.runtime.workers) as engine:
         yield Run(root, settings, data, method, engine, key)

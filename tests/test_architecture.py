@@ -70,8 +70,10 @@ def test_nothing_that_is_loaded_can_execute_code():
         for paths in FILES.values()
         for path in paths
         if any(call in path.read_text() for call in calls)
-        or ({"pickle", "joblib", "cloudpickle", "dill"} & set(imported(path)))
-        and str(path.relative_to(ROOT)) not in readers
+        or (
+            ({"pickle", "joblib", "cloudpickle", "dill"} & set(imported(path)))
+            and str(path.relative_to(ROOT)) not in readers
+        )
     ]
     assert not names(bad)
 

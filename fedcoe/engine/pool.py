@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -22,6 +22,7 @@ from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition
 from fedcoe.engine.clients import ClientData
 from fedcoe.engine.trainer import Trainer
+from fedcoe.engine.vectorized import VectorizedTrainer
 from fedcoe.errors import FedCoEError
 from fedcoe.state import PersonalStore
 
@@ -48,8 +49,11 @@ class Site:
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     exported: bool = False
     """Whether `personal` is the folder of a trained run's models."""
+    vectorized: bool = False
+    devices: tuple[str, ...] = ("cpu",)
+    """Worker i computes on device i modulo their number."""
 
-    def open(self) -> ClientSide:
+    def open(self, worker: int = 0) -> ClientSide:
         # One thread a process: two OpenMP threads beside another busy process are several times
         # slower than one, and results must not depend on the thread count.
         torch.set_num_threads(1)
@@ -57,13 +61,15 @@ class Site:
         dataset = load_dataset(self.data)
         info = dataset.info
         height, width, channels = info.shape
-        trainer = Trainer(
+        kind = VectorizedTrainer if self.vectorized else Trainer
+        trainer = kind(
             self.model,
             (height, width, channels),
             len(info.classes),
             info.mean,
             info.std,
             self.precision,
+            self.devices[worker % len(self.devices)],
         )
         return ClientSide(
             ClientData(dataset, load_partition(self.partitions)),
@@ -75,9 +81,11 @@ class Site:
 _side: ClientSide | None = None
 
 
-def _start(site: Site) -> None:
+def _start(site: Site, started: Any) -> None:
     global _side
-    _side = site.open()
+    with started.get_lock():
+        worker, started.value = started.value, started.value + 1
+    _side = site.open(worker)
 
 
 def _call(function: Callable[..., R], args: tuple[object, ...]) -> R:
@@ -85,15 +93,23 @@ def _call(function: Callable[..., R], args: tuple[object, ...]) -> R:
     return function(_side, *args)
 
 
+def hardware(engine: Literal["auto", "sequential", "vectorized"]) -> tuple[bool, tuple[str, ...]]:
+    """Whether to train vectorized, and on which devices, as `runtime.engine` asks."""
+    gpus = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    vectorized = engine == "vectorized" or (engine == "auto" and bool(gpus))
+    return vectorized, gpus if vectorized and gpus else ("cpu",)
+
+
 class Engine:
-    """Persistent single-threaded worker processes, one a core; with one worker, this process.
+    """Persistent worker processes, one a core or GPU; with one worker, this process.
 
     Use as a context manager; workers end with it.
     """
 
     def __init__(self, site: Site, workers: int = 0) -> None:
         self.site = site
-        self.workers = workers or len(os.sched_getaffinity(0))
+        on_cores = site.devices == ("cpu",) and not site.vectorized
+        self.workers = workers or (len(os.sched_getaffinity(0)) if on_cores else len(site.devices))
         self._lock = threading.Lock()
         self._inline: ClientSide | None = None
         self._pool: ProcessPoolExecutor | None = None
@@ -114,8 +130,9 @@ class Engine:
         self._pool = self._inline = None
 
     def _new_pool(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(
-            self.workers, multiprocessing.get_context("spawn"), _start, (self.site,)
+            self.workers, context, _start, (self.site, context.Value("i", 0))
         )
 
     def run(self, function: Callable[..., R], *args: object) -> R:

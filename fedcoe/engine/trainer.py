@@ -68,8 +68,10 @@ class FitResult:
     images: int
 
 
-def native_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 natively (AVX512-BF16 or AMX)."""
+def native_bf16(device: str = "cpu") -> bool:
+    """Whether the device multiplies bfloat16 natively (processors: AVX512-BF16 or AMX)."""
+    if torch.device(device).type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     ) and any(
@@ -87,6 +89,7 @@ class Trainer:
         classes: number of classes.
         mean, std: per channel, in units of [0, 1].
         precision: fp32, bf16, or auto (bf16 where it is native).
+        device: cpu, or a CUDA device.
     """
 
     def __init__(
@@ -97,14 +100,13 @@ class Trainer:
         mean: Sequence[float],
         std: Sequence[float],
         precision: Literal["auto", "fp32", "bf16"] = "fp32",
+        device: str = "cpu",
     ) -> None:
-        self.flat = FlatModel(build_expert(model, shape, classes, seed=0))
-        self.bf16 = precision == "bf16" or (precision == "auto" and native_bf16())
-        channels = (1, shape[2], 1, 1)
-        self._scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float32).view(channels))
-        self._shift = -torch.tensor(mean, dtype=torch.float32).view(channels) / torch.tensor(
-            std, dtype=torch.float32
-        ).view(channels)
+        self.device = torch.device(device)
+        self.flat = FlatModel(build_expert(model, shape, classes, seed=0), self.device)
+        self.bf16 = precision == "bf16" or (precision == "auto" and native_bf16(device))
+        m, s = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
+        self._scale, self._shift = 1.0 / (255.0 * s), -m / s
 
     @property
     def head_parameters(self) -> int:
@@ -115,11 +117,11 @@ class Trainer:
     def prepare(self, images: Images | Tensor) -> Tensor:
         """uint8 [B, H, W, C] to normalised float [B, C, H, W] in channels-last memory."""
         x = torch.tensor(images) if isinstance(images, np.ndarray) else images
-        x = x.permute(0, 3, 1, 2)
+        x = x.to(self.device).permute(0, 3, 1, 2)
         return torch.addcmul(self._shift, x, self._scale)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def fit(
         self, fits: Iterable[Fit], work: LocalWork, data: ClientData
@@ -138,13 +140,14 @@ class Trainer:
         shift = None if fit.logit_shift is None else torch.from_numpy(fit.logit_shift)
         weights = None if fit.sample_weights is None else torch.from_numpy(fit.sample_weights)
         x_all, y_all = torch.from_numpy(images), torch.from_numpy(labels)
-        rng = stream(work.seed, "batches", work.round, fit.client)
         count, total = len(labels), 0.0
-        for _ in range(work.epochs):
-            order = torch.from_numpy(rng.permutation(count))
+        for epoch in batches(work, fit.client, count, images.shape[1]):
             total = 0.0
-            for rows in order.split(work.batch_size):
-                batch = augment(x_all[rows], work.augment, rng)
+            for drawn in epoch:
+                rows = torch.from_numpy(drawn.rows)
+                batch = x_all[rows]
+                if drawn.moves is not None:
+                    batch = move(batch, torch.from_numpy(drawn.moves))
                 with self._autocast():
                     logits = model(self.prepare(batch))
                 logits = logits.float() if shift is None else logits.float() + shift
@@ -189,28 +192,54 @@ class Trainer:
                 logits.append(expert.head(hidden).float())
             if features:
                 penultimate.append(hidden.float())
-        return torch.cat(logits).numpy(), torch.cat(penultimate).numpy() if features else None
+        hidden_all = torch.cat(penultimate).cpu().numpy() if features else None
+        return torch.cat(logits).cpu().numpy(), hidden_all
 
 
-def augment(
-    images: Tensor, kind: Literal["none", "crop", "crop_flip"], rng: np.random.Generator
-) -> Tensor:
-    """Shift (after padding with black by 1/8 of the side) and mirror a whole uint8 batch.
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a client's training split, and how each image is moved (None: not at all)."""
+
+    rows: NDArray[np.int64]
+    moves: NDArray[np.int64] | None
+    """[b, 3] shift down, shift right (0 to twice the padding), mirrored (0 or 1)."""
+
+
+def batches(work: LocalWork, client: int, count: int, height: int) -> Iterator[list[Batch]]:
+    """One client's batches, epoch by epoch; the same for every model and every engine."""
+    rng = stream(work.seed, "batches", work.round, client)
+    pad = padding(height)
+    for _ in range(work.epochs):
+        order = rng.permutation(count)
+        epoch = []
+        for rows in np.split(order, range(work.batch_size, count, work.batch_size)):
+            moves = None
+            if work.augment != "none":
+                moves = np.zeros((len(rows), 3), np.int64)
+                moves[:, :2] = rng.integers(0, 2 * pad + 1, (len(rows), 2))
+                if work.augment == "crop_flip":
+                    moves[:, 2] = rng.integers(0, 2, len(rows))
+            epoch.append(Batch(rows, moves))
+        yield epoch
+
+
+def padding(height: int) -> int:
+    """Pixels an image can be shifted by: 1/8 of the side."""
+    return max(1, height // 8)
+
+
+def move(images: Tensor, moves: Tensor) -> Tensor:
+    """Shift (after padding with black) and mirror a whole uint8 batch.
 
     Args:
         images: [B, H, W, C].
+        moves: [B, 3], see `Batch`.
     """
-    if kind == "none":
-        return images
     count, height, width, _ = images.shape
-    pad = max(1, height // 8)
+    pad, device = padding(height), images.device
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-    top = torch.from_numpy(rng.integers(0, 2 * pad + 1, count))
-    left = torch.from_numpy(rng.integers(0, 2 * pad + 1, count))
-    rows = top[:, None] + torch.arange(height)
-    columns = left[:, None] + torch.arange(width)
-    if kind == "crop_flip":
-        mirrored = torch.from_numpy(rng.random(count) < 0.5)
-        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    sample = torch.arange(count)[:, None, None]
+    rows = moves[:, :1] + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device).expand(count, width)
+    columns = torch.where(moves[:, 2:] == 1, columns.flip(1), columns) + moves[:, 1:2]
+    sample = torch.arange(count, device=device)[:, None, None]
     return padded[sample, rows[:, :, None], columns[:, None, :]]

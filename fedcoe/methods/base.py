@@ -13,6 +13,7 @@ Functions that take a `ClientSide` run in workers; all others on the server. The
 those of a pool of experts without a gate; with one expert they are FedAvg.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -106,9 +107,11 @@ class LocalResult:
     square_norms: ExactSum
     """[M] sum of weight * ||trained - sent||^2, for drift."""
     images: int = 0
-    loss: float = 0.0
-    """Sum over experts' fits of mean loss * samples."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss * samples of every valid update."""
     samples: int = 0
+    valid: int = 0
+    """Experts' updates in the sums."""
     personal: list[int] = field(default_factory=list)
     """Clients whose personal expert was trained."""
     sketches: dict[int, NDArray[np.float64]] = field(default_factory=dict)
@@ -123,13 +126,19 @@ class LocalResult:
             ExactSum.zeros(experts, bits=30),
         )
 
+    @property
+    def train_loss(self) -> float:
+        """Mean over samples; `fsum` rounds once, so that the order of clients does not matter."""
+        return math.fsum(self.losses) / max(self.samples, 1)
+
     def merge(self, other: "LocalResult") -> None:
         self.updates.merge(other.updates)
         self.weights.merge(other.weights)
         self.square_norms.merge(other.square_norms)
         self.images += other.images
-        self.loss += other.loss
+        self.losses += other.losses
         self.samples += other.samples
+        self.valid += other.valid
         self.personal += other.personal
         self.sketches |= other.sketches
         self.dropped += other.dropped
@@ -289,7 +298,7 @@ class Method:
         for fit, trained in side.trainer.fit(fits, self.work(state.round + 1), side.data):
             result.images += trained.images
             if not np.all(np.isfinite(trained.vector)):
-                result.dropped["not finite"] += 1
+                result.dropped["not finite" if fit.name >= 0 else "personal not finite"] += 1
                 continue
             if fit.name < 0:
                 side.personal.save(fit.client, state.round + 1, trained.vector)
@@ -298,8 +307,9 @@ class Method:
             order = by_client[fit.client]
             weight = order.weights[order.experts.index(fit.name)]
             delta = trained.vector.astype(np.float64) - state.experts[fit.name]
-            add_at(result, fit.name, delta, weight)
-            result.loss += trained.loss * trained.images
+            if not add_at(result, fit.name, delta, weight):
+                continue
+            result.losses.append(trained.loss * trained.images)
             result.samples += trained.images
             self.note(side, state, result, fit, delta)
         return result
@@ -432,18 +442,24 @@ class Method:
         return 0, 0
 
 
-def add_at(result: LocalResult, expert: int, delta: NDArray[np.float64], weight: float) -> None:
-    """Add one client's update of one expert to a shard's sums, or count it as dropped."""
+def add_at(result: LocalResult, expert: int, delta: NDArray[np.float64], weight: float) -> bool:
+    """Add one client's update of one expert to a shard's sums, or count it as dropped.
+
+    Returns:
+        Whether it was added.
+    """
     square = float(delta @ delta)
     # The largest the exact sums take, far beyond any sane update; catches NaN too.
     if not square < 2.0**24:
         result.dropped["too large"] += 1
-        return
+        return False
     unit = np.zeros(len(result.weights.total))
     unit[expert] = 1.0
     ExactSum(result.updates.total[expert], result.updates.bits).add(delta, weight)
     result.weights.add(unit, weight)
     result.square_norms.add(unit, weight * square)
+    result.valid += 1
+    return True
 
 
 def merged(results: Sequence[LocalResult]) -> LocalResult:
@@ -454,6 +470,7 @@ def merged(results: Sequence[LocalResult]) -> LocalResult:
         updates=ExactSum(first.updates.total.copy(), first.updates.bits),
         weights=ExactSum(first.weights.total.copy(), first.weights.bits),
         square_norms=ExactSum(first.square_norms.total.copy(), first.square_norms.bits),
+        losses=list(first.losses),
         personal=list(first.personal),
         sketches=dict(first.sketches),
         dropped=Counter(first.dropped),

@@ -264,7 +264,8 @@ class FedCoE(Method):
             targets = self.experts + self.federation.classes
             message.statistics = Statistics.zeros(shared_design.shape[1], targets)
         else:
-            message.parameters = ExactSum.zeros(state.extra["gate"].shape)
+            # Weighted by n_k: a coarser grid, for larger sums.
+            message.parameters = ExactSum.zeros(state.extra["gate"].shape, bits=30)
         for client in clients:
             images, labels = side.data.train(client)
             logits, design = self._forward(trainer, state, images)

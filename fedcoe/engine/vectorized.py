@@ -1,0 +1,204 @@
+"""The vectorized trainer: many models trained together on one device, usually a GPU.
+
+One small model leaves a GPU idle; a hundred of them fill it. Parameters of a chunk of fits are
+stacked to [B, P] and the forward pass runs under `torch.func.vmap`; gradients of the summed losses
+are each model's own. All training images lie on the device. Clients of unequal size are padded and
+masked, so that results equal those of the sequential trainer to rounding.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from fedcoe.engine.clients import TRAIN, ClientData
+from fedcoe.engine.trainer import Batch, Fit, FitResult, LocalWork, Trainer, batches, move
+
+
+class VectorizedTrainer(Trainer):
+    """Same contract as `Trainer`; `chunk` models are trained at once, fewer if memory runs out."""
+
+    def __init__(
+        self,
+        model: str,
+        shape: tuple[int, int, int],
+        classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        precision: Literal["auto", "fp32", "bf16"] = "fp32",
+        device: str = "cpu",
+        chunk: int = 128,
+    ) -> None:
+        super().__init__(model, shape, classes, mean, std, precision, device)
+        self.chunk = chunk
+        self._sizes = [int(np.prod(s)) for s in self.flat.layout.values()]
+        self._resident: tuple[Tensor, Tensor] | None = None
+
+    def fit(
+        self, fits: Iterable[Fit], work: LocalWork, data: ClientData
+    ) -> Iterator[tuple[Fit, FitResult]]:
+        """Train chunk by chunk; results come in the order of `fits`."""
+        source = iter(fits)
+        while chunk := list(islice(source, self.chunk)):
+            yield from zip(chunk, self._fit_within_memory(chunk, work, data), strict=True)
+
+    def _fit_within_memory(
+        self, fits: list[Fit], work: LocalWork, data: ClientData
+    ) -> list[FitResult]:
+        try:
+            return self._fit_together(fits, work, data)
+        except torch.OutOfMemoryError:
+            if len(fits) == 1:
+                raise
+        # Outside the handler, whose traceback would keep the tensors alive.
+        torch.cuda.empty_cache()
+        self.chunk = half = len(fits) // 2
+        return self._fit_within_memory(fits[:half], work, data) + self._fit_within_memory(
+            fits[half:], work, data
+        )
+
+    def _images(self, data: ClientData) -> tuple[Tensor, Tensor]:
+        """All training images, each under its client's feature skew, and labels; loaded once."""
+        if self._resident is None:
+            images = np.array(data.dataset.x_train)
+            if data.partition.skew != "none":
+                for client in range(data.partition.clients):
+                    for split in range(3):
+                        rows = data.partition.indices(client, split)
+                        images[rows] = data.images(client, split)
+            labels = np.array(data.dataset.y_train)
+            self._resident = (
+                torch.from_numpy(images).to(self.device),
+                torch.from_numpy(labels).to(self.device),
+            )
+        return self._resident
+
+    def _fit_together(
+        self, fits: Sequence[Fit], work: LocalWork, data: ClientData
+    ) -> list[FitResult]:
+        # Longest first: at each step those still training are a prefix of the stack.
+        plans = [self._plan(fit, work, data) for fit in fits]
+        order = sorted(range(len(fits)), key=lambda i: -plans[i].steps)
+        stack = _Stack([fits[i] for i in order], [plans[i] for i in order], self.device)
+        images, labels = self._images(data)
+        vector = stack.start.requires_grad_()
+        velocity = torch.zeros_like(vector)
+        loss_sum = torch.zeros(len(fits), device=self.device)
+        for step, active in enumerate(stack.active):
+            part = slice(active)
+            rows, mask = stack.rows[step, part], stack.mask[step, part]
+            batch = images[rows.reshape(-1)]
+            if stack.moves is not None:
+                batch = move(batch, stack.moves[step, part].reshape(-1, 3))
+            x = self.prepare(batch).unflatten(0, rows.shape)
+            with self._autocast():
+                logits = self._forward(vector[part], x)
+            logits = logits.float() + stack.shift[part, None, :]
+            each = F.cross_entropy(
+                logits.flatten(0, 1), labels[rows.reshape(-1)], reduction="none"
+            ).view(rows.shape)
+            weight = mask if stack.weights is None else mask * stack.weights[step, part]
+            loss = (weight * each).sum(1) / weight.sum(1).clamp_min(1e-6)
+            [gradient] = torch.autograd.grad(loss.sum(), vector)
+            with torch.no_grad():
+                g, v, w = gradient[part], velocity[part], vector[part]
+                if work.weight_decay:
+                    g.add_(w, alpha=work.weight_decay)
+                if stack.anchor is not None:
+                    g.add_(stack.pull[part] * (w - stack.anchor[part]))
+                if work.clip_norm:
+                    norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+                    g.mul_((work.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0))
+                v.mul_(work.momentum).add_(g)
+                w.add_(v, alpha=-work.lr)
+                loss_sum[part] += loss * stack.last_epoch[step, part]
+        vectors = vector.detach().cpu().numpy()
+        losses = loss_sum.cpu().numpy()
+        results: list[FitResult | None] = [None] * len(fits)
+        for place, i in enumerate(order):
+            count = plans[i].count
+            results[i] = FitResult(
+                vectors[place].copy(), float(losses[place]) / count, count * work.epochs
+            )
+        return [result for result in results if result is not None]
+
+    def _forward(self, vectors: Tensor, x: Tensor) -> Tensor:
+        """[a, P] parameters and [a, b, C, H, W] images to [a, b, classes] logits."""
+        names, shapes = self.flat.layout.keys(), self.flat.layout.values()
+        # One split, so that its backward is one concatenation.
+        parts = vectors.split(self._sizes, dim=1)
+        parameters = {
+            name: part.view(-1, *shape)
+            for name, shape, part in zip(names, shapes, parts, strict=True)
+        }
+
+        def one(parameters: dict[str, Tensor], images: Tensor) -> Any:
+            return functional_call(self.flat.module, parameters, (images,))
+
+        return vmap(one)(parameters, x)
+
+    def _plan(self, fit: Fit, work: LocalWork, data: ClientData) -> "_Plan":
+        rows = data.partition.indices(fit.client, TRAIN)
+        height = data.dataset.x_train.shape[1]
+        epochs = list(batches(work, fit.client, len(rows), height))
+        return _Plan(rows, epochs)
+
+
+class _Plan:
+    """One fit's batches and where its samples lie among all."""
+
+    def __init__(self, rows: NDArray[np.int64], epochs: list[list[Batch]]) -> None:
+        self.rows, self.count = rows, len(rows)
+        self.batches = [batch for epoch in epochs for batch in epoch]
+        self.steps = len(self.batches)
+        self.last_epoch = self.steps - len(epochs[-1])
+
+
+class _Stack:
+    """A chunk's fits as padded tensors on the device: T steps, B fits, batches of b."""
+
+    def __init__(self, fits: list[Fit], plans: list[_Plan], device: torch.device) -> None:
+        steps = plans[0].steps
+        width = max(len(batch.rows) for plan in plans for batch in plan.batches)
+        shape = (steps, len(fits), width)
+        rows, mask = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        moved = any(batch.moves is not None for plan in plans for batch in plan.batches)
+        moves = np.zeros((*shape, 3), np.int64) if moved else None
+        weighted = any(fit.sample_weights is not None for fit in fits)
+        weights = np.ones(shape, np.float32) if weighted else None
+        last_epoch = np.zeros(shape[:2], np.float32)
+        for i, (fit, plan) in enumerate(zip(fits, plans, strict=True)):
+            for t, batch in enumerate(plan.batches):
+                b = len(batch.rows)
+                rows[t, i, :b], mask[t, i, :b] = plan.rows[batch.rows], 1.0
+                if moves is not None and batch.moves is not None:
+                    moves[t, i, :b] = batch.moves
+                if weights is not None and fit.sample_weights is not None:
+                    weights[t, i, :b] = fit.sample_weights[batch.rows]
+                if t >= plan.last_epoch:
+                    last_epoch[t, i] = b
+        self.active = [sum(plan.steps > t for plan in plans) for t in range(steps)]
+
+        def put(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        self.rows, self.mask, self.last_epoch = put(rows), put(mask), put(last_epoch)
+        self.moves = None if moves is None else put(moves)
+        self.weights = None if weights is None else put(weights)
+        self.start = put(np.stack([fit.start for fit in fits]))
+        shifts = [0.0 if fit.logit_shift is None else fit.logit_shift for fit in fits]
+        classes = max((s.size for s in shifts if isinstance(s, np.ndarray)), default=1)
+        self.shift = put(np.stack([np.broadcast_to(np.float32(s), classes) for s in shifts]))
+        self.anchor, self.pull = None, put(np.array([[fit.pull] for fit in fits], np.float32))
+        if any(fit.anchor is not None and fit.pull for fit in fits):
+            # A fit without an anchor is not pulled, so any vector serves.
+            anchors = [fit.start if fit.anchor is None else fit.anchor for fit in fits]
+            self.anchor = put(np.stack(anchors))
+            free = [fit.anchor is None for fit in fits]
+            self.pull[torch.tensor(free, device=device)] = 0.0

@@ -1,0 +1,89 @@
+import os
+import threading
+
+import pytest
+
+from fedcoe.engine.pool import Engine, Site
+from fedcoe.errors import FedCoEError
+
+
+def add(side, a, b):
+    return a + b
+
+
+def whoami(side):
+    return os.getpid()
+
+
+def die(side):
+    os._exit(1)
+
+
+def die_once(side, flag):
+    if not flag.exists():
+        flag.touch()
+        os._exit(1)
+    return "alive"
+
+
+def test_one_worker_is_this_process_and_results_keep_their_order(make_engine):
+    engine = make_engine()
+    assert engine.run(whoami) == os.getpid()
+    assert engine.map(add, 10, over=[3, 1, 2]) == [13, 11, 12]
+    assert engine.map(add, 10, over=[]) == []
+
+
+def test_calls_into_one_process_never_overlap(engine):
+    inside, overlaps = [], []
+
+    def work(side, item):
+        inside.append(item)
+        if len(inside) > 1:
+            overlaps.append(item)
+        threading.Event().wait(0.002)
+        inside.remove(item)
+
+    engine.map(work, over=range(8))
+    assert not overlaps
+
+
+def test_an_error_in_a_worker_reaches_the_caller(engine):
+    with pytest.raises(TypeError):
+        engine.map(add, 1, over=["x"])
+
+
+def shards(workers, clients, sizes):
+    return Engine(Site(*"abcd"), workers).shards(clients, sizes)  # type: ignore[arg-type]
+
+
+def test_shards_hold_every_client_once_and_are_nearly_equal():
+    clients, sizes = [3, 5, 7, 8, 9, 11], [10, 60, 30, 20, 50, 10]
+    found = shards(3, clients, sizes)
+    assert sorted(k for shard in found for k in shard) == clients
+    size = dict(zip(clients, sizes, strict=True))
+    assert sorted(sum(size[k] for k in shard) for shard in found) == [60, 60, 60]
+
+
+def test_shards_depend_on_nothing_but_clients_and_sizes():
+    assert shards(2, [1, 2, 3], [5, 5, 5]) == shards(2, [3, 2, 1], [5, 5, 5]) == [[1, 3], [2]]
+
+
+def test_there_are_no_empty_shards():
+    assert shards(8, [4, 2], [1, 1]) == [[2], [4]]
+    assert shards(8, [], []) == []
+
+
+def test_zero_workers_means_one_a_core():
+    assert Engine(Site(*"abcd")).workers == len(os.sched_getaffinity(0))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_once_is_replaced_and_one_that_dies_twice_is_an_error(
+    make_engine, tmp_path
+):
+    engine = make_engine(workers=2)
+    assert engine.run(whoami) != os.getpid()
+    assert engine.run(die_once, tmp_path / "flag") == "alive"
+    with pytest.raises(FedCoEError, match="died twice"):
+        engine.run(die)
+    assert engine.map(add, 1, over=[1, 2, 3]) == [2, 3, 4]
