@@ -182,6 +182,11 @@ def load_bundle(
             diagnostics=description["diagnostics"],
             extra=load_file(gate) if gate.exists() and only is None else {},
         )
+        rows = {"correlation": (method.experts,), "dispatched": (method.experts,)}
+        for name in ("correlation", "dispatched", "personal_round", "share"):
+            expected = (federation.clients, *rows.get(name, ()))
+            if getattr(state, name).shape != expected:
+                raise ValueError(f"{name} must have shape {expected}")
     except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
         raise FedCoEError(
             f"{path.parent}: not a whole model ({type(error).__name__}: {error}); "

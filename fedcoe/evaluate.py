@@ -181,7 +181,8 @@ def _share(method: Method, state: ServerState, c: ClientScores) -> float:
     rest = method.predict_client(state, c.client, alone, 0.0)
     own = log_posterior(c.validation.personal)
     losses = [tally(blend(rest, own, b), c.validation_labels).nll for b in SHARES]
-    return float(SHARES[int(np.argmin(losses))])
+    # Rounded: models that predict the same differ in the last bits.
+    return float(SHARES[int(np.argmin(np.round(losses, 9)))])
 
 
 def _validation(overall: Sequence[Tally], own: Sequence[Tally]) -> dict[str, float]:

@@ -50,7 +50,7 @@ def reweight(log_p: Log, to: NDArray[np.floating], given: NDArray[np.floating]) 
     return np.asarray(log_softmax(log_p + np.log(to) - np.log(given), axis=-1))
 
 
-def prior_from_counts(counts: NDArray[np.integer], smoothing: float = 0.1) -> Log:
+def prior_from_counts(counts: NDArray[np.number], smoothing: float = 0.1) -> Log:
     """[..., C] label counts to a positive label prior; each class is given `smoothing` samples."""
     smoothed = counts.astype(np.float64) + smoothing
     return np.asarray(smoothed / smoothed.sum(axis=-1, keepdims=True))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
+from fedcoe.data.dataset import hash_arrays
 from fedcoe.errors import FedCoEError
 from fedcoe.models.flat import Layout, Vector, from_tensors, to_tensors
 
@@ -84,6 +85,7 @@ def save_state(path: Path, state: ServerState, **notes: Any) -> None:
         "calibration": dict(state.calibration),
         "diagnostics": dict(state.diagnostics),
         "notes": notes,
+        "hash": hash_arrays(arrays),
     }
     write_atomic(path, save(arrays, metadata={"fedcoe": json.dumps(header, sort_keys=True)}))
 
@@ -98,6 +100,8 @@ def load_state(path: Path) -> tuple[ServerState, dict[str, Any]]:
         arrays = load_file(path)
         with safe_open(path, framework="np") as file:
             header = json.loads((file.metadata() or {})["fedcoe"])
+        if header["hash"] != hash_arrays(arrays):
+            raise ValueError("its bytes are not those that were written")
         extra = {name[6:]: a for name, a in arrays.items() if name.startswith("extra.")}
         fields = {name: arrays[name] for name in _FIELDS}
         state = ServerState(

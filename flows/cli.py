@@ -2,9 +2,13 @@
 `fedcoe --help` answers at once."""
 
 import json
+import logging
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedcoe.errors import FedCoEError
@@ -46,11 +51,9 @@ def main() -> None:
     try:
         app()
     except FedCoEError as error:
-        err.print(f"[red]error:[/red] {error}", markup=True, highlight=False, soft_wrap=True)
+        # Escaped: shapes and paths in brackets are no markup.
+        err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted; run the same command again to go on from the last finished round")
-        sys.exit(130)
 
 
 @app.command(
@@ -209,14 +212,64 @@ def _progress() -> Iterator[None]:
 
         token = LISTENER.set(listen)
         try:
-            yield
+            with _short_errors(), _interruptible():
+                yield
+        except KeyboardInterrupt:
+            _leave()
         finally:
             LISTENER.reset(token)
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Answer Ctrl-C at once and leave within seconds.
+
+    Ctrl-C reaches Prefect's embedded server too, and a normal exit would then try for 7 s an
+    event to tell it what happened. All that matters is on disk after every round.
+    """
+
+    def interrupted(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        err.print("interrupted; run the same command again: it goes on from the last round")
+        patience = threading.Timer(3, _leave)
+        patience.daemon = True
+        patience.start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(130)
+
+
+@contextmanager
+def _short_errors() -> Iterator[None]:
+    """Keep Prefect from printing tracebacks of mistakes that `main` says in one line."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        mistake = isinstance(record.exc_info and record.exc_info[1], FedCoEError)
+        return not mistake and "FedCoEError" not in record.getMessage()
+
+    handlers = logging.getLogger().handlers
+    for handler in handlers:
+        handler.addFilter(keep)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(keep)
+
+
 def _warn(warnings: list[str]) -> None:
     for warning in warnings:
-        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        err.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
 
 
 def _show(figures: Mapping[str, float], as_json: bool) -> None:

@@ -97,7 +97,8 @@ def _train(
 
         if evaluation_due(method, state):
             state, evaluation, new = evaluated = _evaluate(run, state)
-            row |= history.add_evaluation(evaluation, new, dict(state.diagnostics))
+            # The round's own figures win over sums so far of the same name.
+            row = history.add_evaluation(evaluation, new, dict(state.diagnostics)) | row
         checkpoint(run, plan.round, state, history)
         tracking.log_metrics(row, plan.round)
         report_progress("round", **row)

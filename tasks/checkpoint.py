@@ -29,7 +29,7 @@ class History:
         row["bytes_up"] += gate_bytes[0]
         row["bytes_down"] += gate_bytes[1]
         self.rounds.append(row)
-        return row
+        return dict(row)  # the caller adds to it what is no part of the history
 
     def add_evaluation(
         self, evaluation: Evaluation, new: list[NewClient], diagnostics: dict[str, float]

@@ -77,7 +77,9 @@ def run_figures(run: Run, history: History, evaluation: Evaluation) -> dict[str,
     clients, info = pd.DataFrame(evaluation.clients), run.data.dataset.info
     counts = run.data.partition.label_counts(run.data.dataset.y_train, len(info.classes))
     return {
-        "learning_curves": figures.learning_curves(pd.DataFrame(history.curves)),
+        "learning_curves": figures.learning_curves(
+            pd.DataFrame(history.curves), method=run.settings.method.name
+        ),
         "correlation": figures.correlation_heatmap(clients),
         "expert_client_accuracy": figures.expert_client_accuracy(clients),
         "clients_by_classes": figures.clients_by_classes(

@@ -141,7 +141,8 @@ class VectorizedTrainer(Trainer):
         def one(parameters: dict[str, Tensor], images: Tensor) -> Any:
             return functional_call(self.flat.module, parameters, (images,))
 
-        return vmap(one)(parameters, x)
+        logits: Tensor = vmap(one)(parameters, x)
+        return logits
 
     def _plan(self, fit: Fit, work: LocalWork, data: ClientData) -> "_Plan":
         rows = data.partition.indices(fit.client, TRAIN)

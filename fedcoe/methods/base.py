@@ -419,7 +419,9 @@ class Method:
             return uniform, correlation
         log_p = self.predict_with(state, inputs, self.trained_prior, correlation)
         steps = self.federation.settings.cold_start.em_steps
-        return prediction.prior_by_em(log_p, self.trained_prior, steps), correlation
+        estimate = prediction.prior_by_em(log_p, self.trained_prior, steps)
+        # As uncertain as counting that many labels: few images must not rule a class out.
+        return prediction.prior_from_counts(len(log_p) * estimate), correlation
 
     def join_labelled(
         self, state: ServerState, inputs: Scores, labels: NDArray[np.int64]

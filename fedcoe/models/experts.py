@@ -58,6 +58,22 @@ def _cnn4(shape: Shape) -> tuple[nn.Module, int]:
     return body, 512
 
 
+def _cnn3x3(shape: Shape) -> tuple[nn.Module, int]:
+    """The CNN of pfl-research's CIFAR-10 benchmark (2024), its dropout left out."""
+    height, width, channels = shape
+    body = nn.Sequential(
+        nn.Conv2d(channels, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * ((height - 4) // 2) * ((width - 4) // 2), 128),
+        nn.ReLU(),
+    )
+    return body, 128
+
+
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(8, channels), channels)
 
@@ -122,6 +138,7 @@ def _resnet18(shape: Shape) -> tuple[nn.Module, int]:
 
 EXPERTS: dict[str, Callable[[Shape], tuple[nn.Module, int]]] = {
     "cnn4": _cnn4,
+    "cnn3x3": _cnn3x3,
     "gn_cnn": _gn_cnn,
     "resnet8": _resnet8,
     "resnet18": _resnet18,

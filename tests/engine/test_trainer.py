@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedcoe.engine.trainer import Fit, LocalWork, Trainer, augment
+from fedcoe.engine.trainer import Fit, LocalWork, Trainer, batches, move
 from fedcoe.models import build_expert
 from fedcoe.models.flat import initial_vector
 from fedcoe.streams import stream
@@ -197,7 +197,7 @@ def test_bf16_stays_close_to_fp32(trainer):
     a, b = fit(trainer, work), fit(half, work)
     assert a.vector.tobytes() != b.vector.tobytes()
     moved = np.linalg.norm(a.vector - START)
-    assert np.linalg.norm(a.vector - b.vector) < 0.15 * moved
+    assert np.linalg.norm(a.vector - b.vector) < 0.3 * moved
     assert b.loss == pytest.approx(a.loss, rel=0.03)
     assert b.vector.dtype == np.float32
     exact, rough = (t.outputs(START, IMAGES, 16)[0] for t in (trainer, half))
@@ -223,50 +223,62 @@ def test_the_heads_parameters_stand_last(trainer):
     np.testing.assert_array_equal(START[-trainer.head_parameters :], head)
 
 
-# ------------------------------------------------------------------ augment
+# ------------------------------------------------------------- batches and moves
 
 BATCH = torch.from_numpy(np.random.default_rng(3).integers(1, 256, (64, 16, 24, 3), dtype=np.uint8))
 
 
-def shifts(image, pad):
-    height, width, _ = image.shape
-    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
-    for top in range(2 * pad + 1):
-        for left in range(2 * pad + 1):
-            yield (top, left), padded[top : top + height, left : left + width]
+def drawn(kind, **changes):
+    """All moves of one client's 300 images of height 16."""
+    work = replace(WORK, augment=kind, batch_size=64, **changes)
+    [epoch] = batches(work, 3, 300, 16)
+    return np.concatenate([batch.moves for batch in epoch])
 
 
-def find(image, out, pad=2):
-    """Every (mirrored, (top, left)) by which an image becomes an augmented one."""
-    return [
-        (mirrored, offset)
-        for offset, crop in shifts(image, pad)
-        for mirrored, candidate in ((False, crop), (True, crop[:, ::-1]))
-        if np.array_equal(candidate, out)
-    ]
+def test_an_epoch_shows_every_sample_once_in_another_order():
+    work = replace(WORK, epochs=3, batch_size=16)
+    epochs = list(batches(work, 3, 40, 8))
+    orders = [np.concatenate([batch.rows for batch in epoch]) for epoch in epochs]
+    assert [[len(b.rows) for b in epoch] for epoch in epochs] == [[16, 16, 8]] * 3
+    assert all(sorted(order) == list(range(40)) for order in orders)
+    assert not np.array_equal(orders[0], orders[1])
+    assert not np.array_equal(orders[0], np.arange(40))
 
 
-@pytest.mark.parametrize("kind", ["crop", "crop_flip"])
-def test_a_crop_is_a_shifted_copy_of_its_own_image(kind):
-    out = augment(BATCH, kind, np.random.default_rng(0))
-    assert out.shape == BATCH.shape
-    assert out.dtype == torch.uint8
-    found = [find(a.numpy(), b.numpy()) for a, b in zip(BATCH, out, strict=True)]
-    assert all(len(matches) == 1 for matches in found)
-    mirrored = [matches[0][0] for matches in found]
-    assert any(mirrored) == (kind == "crop_flip")
-    assert not all(mirrored)
-    offsets = {matches[0][1] for matches in found}
-    assert {top for top, _ in offsets} == {left for _, left in offsets} == set(range(5))
+def test_a_client_smaller_than_a_batch_has_one_batch():
+    [[batch]] = batches(WORK, 3, 5, 8)
+    assert len(batch.rows) == 5
+    assert batch.moves is None
 
 
-def test_augmentation_is_a_function_of_its_stream():
-    a, b, c = (augment(BATCH, "crop_flip", np.random.default_rng(s)) for s in (0, 0, 1))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
+def test_moves_go_up_to_an_eighth_of_the_side_in_each_direction():
+    moves = drawn("crop")
+    assert moves.shape == (300, 3)
+    for axis in (0, 1):
+        assert set(moves[:, axis]) == {0, 1, 2, 3, 4}
+    assert not moves[:, 2].any()
+    assert np.any(moves[:, 0] != moves[:, 1])
+    mirrored = drawn("crop_flip")[:, 2]
+    assert set(mirrored) == {0, 1}
+    assert 0.4 < mirrored.mean() < 0.6
 
 
-def test_no_augmentation_draws_nothing():
-    rng = np.random.default_rng(0)
-    assert augment(BATCH, "none", rng) is BATCH
-    assert rng.random() == np.random.default_rng(0).random()
+def test_a_move_is_a_shifted_and_mirrored_copy_of_its_own_image():
+    moves = drawn("crop_flip")[:64]
+    found = move(BATCH, torch.from_numpy(moves))
+    assert found.dtype == torch.uint8
+    padded = np.pad(BATCH.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)))
+    for image, out, (down, right, mirrored) in zip(padded, found.numpy(), moves, strict=True):
+        crop = image[down : down + 16, right : right + 24]
+        np.testing.assert_array_equal(out, crop[:, ::-1] if mirrored else crop)
+
+
+def test_the_move_in_the_middle_is_none_at_all():
+    still = torch.tensor([[2, 2, 0]]).expand(64, 3)
+    assert torch.equal(move(BATCH, still), BATCH)
+
+
+def test_augmentation_draws_are_a_function_of_seed_round_and_client():
+    np.testing.assert_array_equal(drawn("crop_flip"), drawn("crop_flip"))
+    assert not np.array_equal(drawn("crop_flip"), drawn("crop_flip", seed=1))
+    assert not np.array_equal(drawn("crop_flip"), drawn("crop_flip", round=2))

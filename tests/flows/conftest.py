@@ -1,0 +1,170 @@
+"""One small project, trained once a session; most tests here only look at its files."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PARAMS = """\
+data: {name: digits}
+partition: {scheme: dirichlet, alpha: 0.3, clients: 6, new_clients: 0.34, min_samples: 20, seed: 0}
+model: {name: gn_cnn}
+method: {name: fedcoe, experts: 2, experts_per_client: 1, balanced_softmax: true,
+         server_momentum: 0.7, reweighting: true}
+train: {rounds: 3, batch_size: 50, lr: 0.05, seed: 0}
+evaluate: {every: 2}
+cold_start: {em_steps: 10, few_shot_epochs: 1}
+runtime: {workers: 1, precision: fp32}
+"""
+OUTPUTS = ("models", "metrics", "plots")
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database to copy: making one takes seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prefect server for the session, used by this process and, by its URL, by others."""
+    os.environ |= {
+        "DO_NOT_TRACK": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MPLBACKEND": "Agg",
+        "OMP_NUM_THREADS": "1",
+    }
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        temporary_settings,
+    )
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield str(PREFECT_API_URL.value())
+
+
+@pytest.fixture(scope="session")
+def new_project(
+    tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path
+) -> Callable[..., Path]:
+    """`new_project(**sections)`: params.yaml, data/, partitions/ and an empty MLflow database."""
+    from ruamel.yaml import YAML
+
+    from fedcoe.data.fetch import fetch
+    from flows.pipeline import partition_data
+
+    first = tmp_path_factory.mktemp("data") / "data"
+    fetch("digits", target=first)
+
+    def make(**sections: dict[str, Any]) -> Path:
+        root = tmp_path_factory.mktemp("project")
+        yaml = YAML()
+        values = yaml.load(PARAMS)
+        for section, changes in sections.items():
+            values[section] |= changes
+        yaml.dump(values, root / "params.yaml")
+        shutil.copytree(first, root / "data")
+        (root / ".fedcoe").mkdir()
+        shutil.copy(mlflow_database, root / ".fedcoe" / "mlflow.db")
+        partition_data(root)
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_training(prefect_api: str) -> Callable[..., dict[str, float]]:
+    """`run_training(root, ...)`: the flow in this process, with the project's own MLflow."""
+    from flows.federated_training import federated_training
+
+    def run(root: Path, *args: Any, tracked: bool = True, **options: Any) -> dict[str, float]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/.fedcoe/mlflow.db")
+            if not tracked:
+                from tasks.tracking import Tracking
+
+                patch.setattr("flows.federated_training.start_tracking", lambda *_: Tracking())
+            return dict(federated_training(str(root), *args, **options))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def project(
+    new_project: Callable[..., Path], run_training: Callable[..., dict[str, float]]
+) -> Path:
+    """The project after training, evaluation, cold start and report. Look, do not touch."""
+    from flows.pipeline import evaluate_cold_start, evaluate_models
+    from tasks.report import build_report
+
+    root = new_project()
+    run_training(root)
+    evaluate_models(root)
+    evaluate_cold_start(root)
+    build_report(root)
+    return root
+
+
+@pytest.fixture
+def stores(project: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An MLflow client of the trained project."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{project}/.fedcoe/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return MlflowClient(uri)
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[..., dict[str, bytes]]:
+    """`contents(root, folders)`: bytes of every file below these folders, by path."""
+
+    def read(root: Path, folders: tuple[str, ...] = OUTPUTS) -> dict[str, bytes]:
+        files = (file for folder in folders for file in (root / folder).rglob("*"))
+        return {str(f.relative_to(root)): f.read_bytes() for f in files if f.is_file()}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def fedcoe_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`fedcoe_command(cwd, *args, code="", **environment)` in a process of its own.
+
+    `code` runs before the command, to break something in it.
+    """
+
+    def run(
+        cwd: Path, *args: str, code: str = "", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+        start = "import sys\nfrom flows.cli import main\nsys.argv[0] = 'fedcoe'\n"
+        return subprocess.run(
+            [sys.executable, "-c", f"{start}{code}\nmain()", *args],
+            cwd=cwd,
+            env=inherited | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
