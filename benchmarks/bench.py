@@ -1,4 +1,4 @@
-"""What the benchmarks share: a federation without pipeline or tracking, and how results are kept."""
+"""What benchmarks share: a federation without pipeline or tracking, and how results are kept."""
 
 import json
 import os

@@ -84,7 +84,9 @@ class Loop:
             y = torch.from_numpy(data.labels(client, TRAIN))
             dataset = TensorDataset(((x - mean) / std).contiguous(), y)
             self.loaders.append(DataLoader(dataset, args.batch, shuffle=True))
-        self.server = build_expert(args.model, ground_.method.federation.shape, len(info.classes), 0)
+        self.server = build_expert(
+            args.model, ground_.method.federation.shape, len(info.classes), 0
+        )
         self.local = build_expert(args.model, ground_.method.federation.shape, len(info.classes), 0)
 
     def round(self) -> None:

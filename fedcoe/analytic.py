@@ -75,12 +75,6 @@ class Statistics:
         gram[np.diag_indices_from(gram)] += ridge * self.count
         return np.asarray(solve(gram, self.targets.value(), assume_a="pos"))
 
-    @property
-    def message_bytes(self) -> int:
-        """Size of one client's message in float32, the symmetric half of F'F left out."""
-        width, targets = self.targets.total.shape
-        return int(4 * (width * (width + 1) // 2 + width * targets))
-
 
 def ridge(
     design: NDArray[np.float64], targets: NDArray[np.float64], strength: float
@@ -94,3 +88,13 @@ def ridge(
     gram = design.T @ design
     gram[np.diag_indices_from(gram)] += strength * count
     return np.asarray(solve(gram, design.T @ targets, assume_a="pos"))
+
+
+def message_bytes(width: int, targets: int) -> int:
+    """Size of one client's message in float32, the symmetric half of F'F left out.
+
+    Args:
+        width: D, columns of the design matrix.
+        targets: columns of F'[Q | Y].
+    """
+    return 4 * (width * (width + 1) // 2 + width * targets)

@@ -57,6 +57,7 @@ def export_models(
         "format": FORMAT,
         "round": state.round,
         "settings": f.settings.model_dump(mode="json", exclude={"runtime"}),
+        "precision": f.settings.runtime.precision,
         "shape": f.shape,
         "mean": f.mean,
         "std": f.std,
@@ -93,7 +94,8 @@ class Bundle:
         """
         shape = self.method.federation.shape
         if images.ndim == 3 and shape[2] == 1:
-            images = images[..., None]
+            # `[..., None]` strides otherwise, which changes the last bits of convolutions.
+            images = images.reshape(*images.shape, 1)
         if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
             raise FedCoEError(
                 f"images are {images.dtype} {list(images.shape)}, "
@@ -117,6 +119,8 @@ class Bundle:
             mode: `none` knows nothing; `unlabelled` reads the client's `inputs` (default: the
                 images themselves); `labels` takes its `label_counts` [C].
         """
+        if len(self.state.experts) < self.method.experts:
+            raise FedCoEError("this bundle holds one expert alone; load it whole to predict")
         scores = self.score(images)
         if mode == "none":
             return self.method.predict_global(self.state, scores)
@@ -132,12 +136,13 @@ class Bundle:
 
 def load_bundle(
     folder: Path,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] | None = None,
     only: int | None = None,
 ) -> Bundle:
     """Load what `export_models` wrote; executes nothing that is in the files.
 
     Args:
+        precision: of the computation; default: as in training.
         only: load just this expert. `score` then gives its outputs alone.
 
     Raises:
@@ -198,6 +203,6 @@ def load_bundle(
         federation.classes,
         federation.mean,
         federation.std,
-        precision,
+        precision or description.get("precision", "auto"),
     )
     return Bundle(method, state, trainer)

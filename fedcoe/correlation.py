@@ -5,7 +5,7 @@ S clients, M experts; `c` is always [clients, M] with rows that sum to 1.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment, linprog
+from scipy.optimize import linprog
 from scipy.sparse import csr_matrix, identity, kron, vstack
 
 Matrix = NDArray[np.float64]
@@ -35,42 +35,36 @@ def from_similarity(
 ) -> Matrix:
     """Correlation before experts differ: clients near each other share an expert.
 
-    Balanced k-means on the points (equal capacity through linear assignment; the best of several
+    Balanced k-means on the points (groups of equal size through `dispatch`; the best of several
     seeded starts), then softmax of the negative squared distance to the centres.
 
     Args:
         points: [S, D], one a client.
     """
     clients = len(points)
-    capacity = -(-clients // experts)
-    best: tuple[float, Matrix] | None = None
+    best: tuple[float, NDArray[np.int64], Matrix] | None = None
     for _ in range(8):
-        chosen = rng.choice(clients, size=experts, replace=clients < experts)
-        centres = points[chosen]
+        centres = points[rng.choice(clients, size=experts, replace=clients < experts)]
         for _ in range(rounds):
             squared = ((points[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2)
-            _, slots = linear_sum_assignment(np.repeat(squared, capacity, axis=1))
-            owner = slots // capacity
-            moved = np.stack(
-                [
-                    points[owner == m].mean(axis=0) if np.any(owner == m) else centres[m]
-                    for m in range(experts)
-                ]
-            )
+            owner = dispatch(np.exp(-squared), 1, rng)[:, 0]
+            moved = centres.copy()
+            for m in np.unique(owner):
+                moved[m] = points[owner == m].mean(axis=0)
             if np.array_equal(moved, centres):
                 break
             centres = moved
         squared = ((points[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2)
         cost = float(squared[np.arange(clients), owner].sum())
         if best is None or cost < best[0] - 1e-12:
-            # The group decides dispatch, the distances how firmly: a client near two centres
-            # still belongs first to the group that has room for it.
-            bonus = np.full((clients, experts), 0.0)
-            bonus[np.arange(clients), owner] = 1.0
-            best = cost, sharpness * (bonus - squared)
+            best = cost, owner, squared
     assert best is not None
-    logits = best[1] - best[1].max(axis=1, keepdims=True)
-    return normalise(np.exp(logits))
+    _, owner, squared = best
+    # The group comes first, as only it has room; distances say how firmly, and what comes next.
+    # 2 is the largest squared distance of label mixes.
+    squared[np.arange(clients), owner] -= 2.0
+    logits = -sharpness * squared
+    return normalise(np.exp(logits - logits.max(axis=1, keepdims=True)))
 
 
 def dispatch(c: Matrix, per_client: int, rng: np.random.Generator) -> NDArray[np.int64]:

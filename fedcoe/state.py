@@ -87,7 +87,8 @@ def save_state(path: Path, state: ServerState, **notes: Any) -> None:
         "notes": notes,
         "hash": hash_arrays(arrays),
     }
-    write_atomic(path, save(arrays, metadata={"fedcoe": json.dumps(header, sort_keys=True)}))
+    # Keys keep their order: the columns of tables come from it, also after a resume.
+    write_atomic(path, save(arrays, metadata={"fedcoe": json.dumps(header)}))
 
 
 def load_state(path: Path) -> tuple[ServerState, dict[str, Any]]:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ def mixture(make_method, engine, train, tmp_path):
 
 def export(method, engine, train, tmp_path):
     state = train(engine, method, 2)
+    calibration = {"global.experts": 0.6, "client.experts": 0.4, "client.gate": 3.0}
+    state = replace(state, calibration=calibration, share=np.linspace(0, 1, 6))
     side = engine.run(lambda side: side)
     export_models(tmp_path / "models", method, state, side.personal)
     return method, state, side, tmp_path / "models"

@@ -98,6 +98,8 @@ def test_each_mode_is_the_prediction_of_its_name_on_the_clients_test_split(
     for found, mode in zip(recorded, expected, strict=False):
         np.testing.assert_array_equal(found, expected[mode])
     none, unlabelled, with_labels = expected.values()
+    joined = method.predict_with(state, test, *method.join_unlabelled(state, given))
+    np.testing.assert_array_equal(unlabelled, joined)
     assert not np.allclose(none, unlabelled)
     assert not np.allclose(unlabelled, with_labels)
     counts = np.bincount(labels, minlength=4) + 0.1

@@ -265,8 +265,8 @@ def test_churn_is_the_share_of_pairs_never_dispatched_before(make_method):
     method = make_method(experts=2)
     state, record = finished(method, method.init(), orders_of([(0, 0), (1, 1), (2, 0), (3, 1)]))
     assert record.churn == 0.0, "the first round is no change"
-    _, record = finished(method, state, orders_of([(0, 0), (1, 0), (2, 0), (4, 1)]))
-    assert record.churn == 0.5
+    _, record = finished(method, state, orders_of([(0, 0), (1, 1), (2, 0), (4, 1)]))
+    assert record.churn == 0.25
 
 
 def test_load_entropy_is_one_when_even_and_zero_when_one_expert_has_all(make_method):

@@ -55,12 +55,16 @@ def launch(processes: int) -> int:
         )
         for rank in range(processes)
     ]
-    while all(rank.poll() is None for rank in ranks):
-        time.sleep(0.1)
-    if any(rank.poll() for rank in ranks):
+    try:
+        while any(rank.poll() is None for rank in ranks):
+            if any(rank.poll() for rank in ranks):
+                return 1
+            time.sleep(0.1)
+        return max(abs(rank.wait()) for rank in ranks)
+    finally:
         for rank in ranks:
-            rank.terminate()
-    return max(abs(rank.wait()) for rank in ranks)
+            rank.kill()
+            rank.wait()
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ bytes whatever the number of workers: each model is trained by one thread, and s
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -83,6 +84,8 @@ _side: ClientSide | None = None
 
 def _start(site: Site, started: Any) -> None:
     global _side
+    # Ctrl-C is the parent's to answer; workers end with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with started.get_lock():
         worker, started.value = started.value, started.value + 1
     _side = site.open(worker)

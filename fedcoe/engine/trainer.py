@@ -136,18 +136,20 @@ class Trainer:
         flat, model = self.flat, self.flat.module
         flat.load(fit.start)
         velocity = torch.zeros_like(flat.vector)
-        anchor = None if fit.anchor is None else torch.from_numpy(fit.anchor)
-        shift = None if fit.logit_shift is None else torch.from_numpy(fit.logit_shift)
-        weights = None if fit.sample_weights is None else torch.from_numpy(fit.sample_weights)
-        x_all, y_all = torch.from_numpy(images), torch.from_numpy(labels)
+        anchor, shift, weights, x_all, y_all = (
+            None if array is None else torch.from_numpy(array).to(self.device)
+            for array in (fit.anchor, fit.logit_shift, fit.sample_weights, images, labels)
+        )
+        assert x_all is not None
+        assert y_all is not None
         count, total = len(labels), 0.0
         for epoch in batches(work, fit.client, count, images.shape[1]):
             total = 0.0
             for drawn in epoch:
-                rows = torch.from_numpy(drawn.rows)
+                rows = torch.from_numpy(drawn.rows).to(self.device)
                 batch = x_all[rows]
                 if drawn.moves is not None:
-                    batch = move(batch, torch.from_numpy(drawn.moves))
+                    batch = move(batch, torch.from_numpy(drawn.moves).to(self.device))
                 with self._autocast():
                     logits = model(self.prepare(batch))
                 logits = logits.float() if shift is None else logits.float() + shift

@@ -467,6 +467,8 @@ def add_at(result: LocalResult, expert: int, delta: NDArray[np.float64], weight:
 def merged(results: Sequence[LocalResult]) -> LocalResult:
     """One shard's result for all shards'."""
     first, *others = results
+    if not others:
+        return first
     total = replace(
         first,
         updates=ExactSum(first.updates.total.copy(), first.updates.bits),

@@ -10,13 +10,14 @@ personal expert. A new client is served from the pool with no training.
         aggregate       theta_m += eta * momentum of sum_k a[k,m] (theta_km - theta_m)
     when due, with the new experts frozen:
         gate update     targets q_m(x) ~ exp(-loss of expert m / T); closed form or gradient
-        correlation     c[k] ~ mean gate * exp(-s * mean loss), with momentum and a floor
+        correlation     c[k] ~ exp(-s * mean loss), with momentum and a floor
 
 Communicated, a round: K experts down and up. A gate update: M experts down; up the sums F'F, F'Q,
 F'Y (analytic) or the gate's parameters (neural), and M mean losses. Label counts once, unless
 `similarity` is not `labels` and neither `balanced_softmax` nor `reweighting` is on.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -27,7 +28,7 @@ from pydantic import Field, model_validator
 from scipy.special import log_softmax
 
 from fedcoe import correlation, neural_gate, prediction
-from fedcoe.analytic import Statistics, design_matrix, projections, ridge
+from fedcoe.analytic import Statistics, design_matrix, message_bytes, projections, ridge
 from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit, Trainer
 from fedcoe.exact_sum import ExactSum
@@ -104,8 +105,8 @@ class GateMessage:
     samples: int = 0
     losses: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     """Client to [M] mean loss under each expert."""
-    gates: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-    """Client to [M] mean of the current gate over its inputs."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Clients left out, by reason."""
     shared: ExactSum = field(default_factory=lambda: ExactSum.zeros((SHARED_INPUTS, 1)))
     """[inputs, M] sum of clients' own gates on shared inputs, for the inconsistency."""
     entropies: dict[int, float] = field(default_factory=dict)
@@ -117,7 +118,7 @@ class GateMessage:
         self.parameters.merge(other.parameters)
         self.samples += other.samples
         self.losses |= other.losses
-        self.gates |= other.gates
+        self.dropped += other.dropped
         self.shared.merge(other.shared)
         self.entropies |= other.entropies
 
@@ -177,34 +178,29 @@ class FedCoE(Method):
         total, *others = messages
         for other in others:
             total.merge(other)
+        dropped = float(sum(total.dropped.values()))
+        if not total.losses:
+            return replace(state, diagnostics={"gate_messages_dropped": dropped})
         if total.statistics is not None:
-            weights = total.statistics.solve(s.ridge)
-            state = state.with_extra(
-                gate=weights[:, : self.experts].astype(np.float32),
-                head=weights[:, self.experts :].astype(np.float32),
-            )
+            weights = total.statistics.solve(s.ridge).astype(np.float32)
+            state = state.with_extra(gate=weights[:, : self.experts])
+            if s.coordination_head:
+                state = state.with_extra(head=weights[:, self.experts :])
         else:
             gate = total.parameters.value() / total.samples
             state = state.with_extra(gate=gate.astype(np.float32))
         clients = sorted(total.losses)
         losses = np.stack([total.losses[k] for k in clients])
-        gates = np.stack([total.gates[k] for k in clients])
         c = state.correlation.copy()
         c[clients] = correlation.normalise(
             s.correlation_momentum * c[clients]
-            + (1 - s.correlation_momentum) * self._posterior(losses, gates),
+            + (1 - s.correlation_momentum) * correlation.from_losses(losses, s.loss_sharpness),
             s.correlation_floor,
         )
         mean = total.shared.value() / len(clients)
         inconsistency = _entropy(mean) - sum(total.entropies[k] for k in clients) / len(clients)
-        return replace(state, correlation=c, diagnostics={"gating_inconsistency": inconsistency})
-
-    def _posterior(
-        self, losses: NDArray[np.float64], gates: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        return correlation.normalise(
-            gates * correlation.from_losses(losses, self.settings.loss_sharpness)
-        )
+        diagnostics = {"gating_inconsistency": inconsistency, "gate_messages_dropped": dropped}
+        return replace(state, correlation=c, diagnostics=diagnostics)
 
     # --------------------------------------------------------------- clients
 
@@ -261,8 +257,7 @@ class FedCoE(Method):
         message = GateMessage(None, ExactSum.zeros(0))
         message.shared = ExactSum.zeros((len(shared), self.experts))
         if s.gate == "analytic":
-            targets = self.experts + self.federation.classes
-            message.statistics = Statistics.zeros(shared_design.shape[1], targets)
+            message.statistics = Statistics.zeros(shared_design.shape[1], self._targets)
         else:
             # Weighted by n_k: a coarser grid, for larger sums.
             message.parameters = ExactSum.zeros(state.extra["gate"].shape, bits=30)
@@ -271,9 +266,13 @@ class FedCoE(Method):
             logits, design = self._forward(trainer, state, images)
             losses = sample_losses(logits, labels)
             q = np.exp(log_softmax(-losses / s.gate_temperature, axis=1))
+            if not np.all(np.isfinite(losses)) or not np.all(np.isfinite(design)):
+                message.dropped["not finite"] += 1
+                continue
             if message.statistics is not None:
                 y = np.eye(self.federation.classes)[labels]
-                message.statistics.add(design, np.concatenate([q, y], axis=1))
+                targets = np.concatenate([q, y], axis=1)[:, : self._targets]
+                message.statistics.add(design, targets)
                 own: NDArray[np.floating] = shared_design @ ridge(design, q, s.ridge)
             else:
                 trained = neural_gate.fit(
@@ -284,6 +283,9 @@ class FedCoE(Method):
                     neural_gate.Work(s.gate_epochs, s.gate_lr, s.load_balance),
                     stream(self._seed, "gate", state.round, client),
                 )
+                if not np.all(np.isfinite(trained)):
+                    message.dropped["not finite"] += 1
+                    continue
                 message.parameters.add(trained, len(labels))
                 own = neural_gate.scores(trainer, trained, self.experts, shared, self.batch_size)
             local = np.exp(prediction.log_posterior(own, self._sharpness))
@@ -291,9 +293,12 @@ class FedCoE(Method):
             message.entropies[client] = _entropy(local)
             message.samples += len(labels)
             message.losses[client] = losses.mean(axis=0)
-            scores = Scores(logits, self._gate(trainer, state, images, design))
-            message.gates[client] = self._mean_gate(state, scores)
         return message
+
+    @property
+    def _targets(self) -> int:
+        """Columns of F'[Q | Y]; Y only where there is a coordination head."""
+        return self.experts + self.federation.classes * self.settings.coordination_head
 
     def _forward(
         self, trainer: Trainer, state: ServerState, images: NDArray[np.uint8]
@@ -408,13 +413,14 @@ class FedCoE(Method):
             def total(candidate: Mapping[str, float]) -> float:
                 nll = 0.0
                 for client, (scores, labels) in validation.items():
-                    prior, c = f.label_prior, None
                     if scope == "client":
                         prior = prediction.prior_from_counts(f.label_counts[client])
                         c = state.correlation[client]
-                    log_p = prediction.reweight(
-                        self._balanced(candidate, scores, c), prior, uniform
-                    )
+                        log_p = self._reweighted(candidate, scores, prior, c)
+                    else:
+                        # Validation has the seen clients' label mix, the prediction none.
+                        log_p = self._balanced(candidate, scores)
+                        log_p = prediction.reweight(log_p, f.label_prior, uniform)
                     nll -= float(log_p[np.arange(len(labels)), labels].sum())
                 return nll
 
@@ -423,7 +429,7 @@ class FedCoE(Method):
         fitted: dict[str, float] = {}
         for scope in ("global", "client"):
             grids = {name: values for name, (_, values) in self._grids().items()}
-            if scope == "global" or not self.settings.reweighting:
+            if scope == "global":
                 grids["correlation"] = (1.0,)
             start = dict(self._calibration(state, scope))
             best = prediction.coordinate_search(loss(scope), start, grids)
@@ -440,7 +446,16 @@ class FedCoE(Method):
         prior: NDArray[np.float64] | None,
         correlation: NDArray[np.float64] | None,
     ) -> Log:
-        log_p = self._balanced(self._calibration(state, "client"), scores, correlation)
+        return self._reweighted(self._calibration(state, "client"), scores, prior, correlation)
+
+    def _reweighted(
+        self,
+        calibration: Mapping[str, float],
+        scores: Scores,
+        prior: NDArray[np.float64] | None,
+        correlation: NDArray[np.float64] | None,
+    ) -> Log:
+        log_p = self._balanced(calibration, scores, correlation)
         if prior is None or not self.settings.reweighting:
             return log_p
         uniform = np.full(self.federation.classes, 1.0 / self.federation.classes)
@@ -454,7 +469,7 @@ class FedCoE(Method):
         self, state: ServerState, inputs: Scores, labels: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         losses = sample_losses(inputs.experts, labels).mean(axis=0)
-        c = self._posterior(losses[None], self._mean_gate(state, inputs)[None])
+        c = correlation.from_losses(losses[None], self.settings.loss_sharpness)
         return np.asarray(correlation.normalise(c, self.settings.correlation_floor)[0])
 
     # ------------------------------------------------------------- accounting
@@ -467,7 +482,7 @@ class FedCoE(Method):
             f = self.federation
             width = build_expert(f.settings.model.name, f.shape, f.classes, 0).head.in_features
             kept = min(self.settings.gate_features or width, width) * experts + 1
-            up = Statistics.zeros(kept, experts + f.classes).message_bytes + 4 * experts
+            up = message_bytes(kept, self._targets) + 4 * experts
         return clients * up, clients * 4 * experts * parameters
 
 

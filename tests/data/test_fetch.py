@@ -107,7 +107,7 @@ def test_a_failure_at_any_step_leaves_the_old_data_untouched(
         monkeypatch.setattr(
             Path, "rename", lambda a, b: fail() if a.name == "new" else rename(a, b)
         )
-    with pytest.raises(FedCoEError, match="No space left on device; .* is as it was"):
+    with pytest.raises(FedCoEError, match=r"No space left on device; .* is as it was"):
         fetch(from_path=arrays_file(tmp_path / "new.npz", seed=1), target=data)
     monkeypatch.undo()
     assert contents(data) == before and alone(data)
@@ -156,7 +156,7 @@ def test_two_fetches_at_once_do_not_mix(data: Path, tmp_path: Path) -> None:
 
 def test_a_folder_with_files_of_yours_is_never_replaced(data: Path, tmp_path: Path) -> None:
     (data / "thesis.tex").write_text("ten years of work")
-    with pytest.raises(FedCoEError, match="thesis.tex: is no part of a dataset"):
+    with pytest.raises(FedCoEError, match=r"thesis.tex: is no part of a dataset"):
         fetch(from_path=arrays_file(tmp_path / "new.npz", seed=1), target=data)
     assert (data / "thesis.tex").read_text() == "ten years of work"
 

@@ -23,7 +23,10 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def invoke(*args: str) -> Any:
     from flows.cli import app
 
-    return CliRunner().invoke(app, list(args), env={"COLUMNS": "160"})
+    result = CliRunner().invoke(app, list(args), env={"COLUMNS": "160"})
+    if isinstance(result.exception, Exception) and not isinstance(result.exception, FedCoEError):
+        raise result.exception
+    return result
 
 
 def commands() -> list[str]:
@@ -143,6 +146,7 @@ def test_json_outputs_parse(
             "predict", str(tmp_path / "images.npz"), "--mode", mode, "--json",
             "--models", str(project / "models"),
         )  # fmt: skip
+        assert result.exception is None, result.exception
         rows = json.loads(result.stdout)
         assert [row["image"] for row in rows] == ["0", "1", "2", "3", "4"]
         assert all(row["class"] in "0123456789" and 0 < row["p"] <= 1 for row in rows)

@@ -200,6 +200,9 @@ def test_the_reported_training_loss_does_not_depend_on_the_order_of_clients(make
         losses.add(float(total.train_loss))
     assert len(losses) == 1
     assert 0 < losses.pop() < 10
+    extreme = LocalResult.zeros(1, 1)
+    extreme.losses, extreme.samples = [2.0**53, *[0.5] * 8], 1
+    assert extreme.train_loss == 2.0**53 + 4
 
 
 def test_a_weight_is_used_with_the_expert_it_belongs_to(make_method, side):

@@ -67,17 +67,21 @@ def _read(path: Path) -> RawDataset:
     )
 
 
-def check_sizes(path: Path) -> None:
+def check_sizes(
+    path: Path,
+    required: tuple[str, ...] = _REQUIRED,
+    optional: tuple[str, ...] = _OPTIONAL,
+) -> None:
     """Compare what headers claim with what the file can hold, before anything is allocated."""
     total = 0
     with zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         if len(members) != len(archive.infolist()):
             raise ValueError("has two arrays of the same name")
-        if missing := [name for name in _REQUIRED if name not in members]:
-            raise ValueError(f"has no array {missing[0]}; needs {', '.join(_REQUIRED)}")
-        if unknown := sorted(members.keys() - {*_REQUIRED, *_OPTIONAL}):
-            raise ValueError(f"has an unknown array {unknown[0]!r}; {_OPTIONAL} are optional")
+        if missing := [name for name in required if name not in members]:
+            raise ValueError(f"has no array {missing[0]}; needs {', '.join(required)}")
+        if unknown := sorted(members.keys() - {*required, *optional}):
+            raise ValueError(f"has an unknown array {unknown[0]!r}; {optional} are optional")
         for name, info in members.items():
             with archive.open(info) as file:
                 version = np.lib.format.read_magic(file)

@@ -28,7 +28,7 @@ def read_images(path: Path, shape: tuple[int, int, int]) -> tuple[list[str], NDA
     height, width, channels = shape
     if path.suffix == ".npz":
         try:
-            check_sizes(path)
+            check_sizes(path, ("x",), ())
             with np.load(path, allow_pickle=False) as file:
                 pixels = as_images("x", file["x"])
         except (KeyError, zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
