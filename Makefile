@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint bench clean
+.PHONY: help install run test test-fast lint clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Commands that DVC starts find `fedcoe` on the PATH.

@@ -431,7 +431,8 @@ class FedCoE(Method):
             grids = {name: values for name, (_, values) in self._grids().items()}
             if scope == "global":
                 grids["correlation"] = (1.0,)
-            start = dict(self._calibration(state, scope))
+            # Not from the last fit: calibrating twice must change nothing.
+            start = {name: value for name, (value, _) in self._grids().items()}
             best = prediction.coordinate_search(loss(scope), start, grids)
             fitted |= {f"{scope}.{name}": value for name, value in best.items()}
         return replace(state, calibration=fitted)
