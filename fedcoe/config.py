@@ -52,7 +52,7 @@ class PartitionSettings(Section):
         description="Who is held out: random; one whole feature group; a region of label mixes",
     )
     alpha: float = Field(
-        0.1, ge=1e-4, le=1e6, description="Dirichlet concentration; smaller = more skew"
+        0.1, gt=0.0, allow_inf_nan=False, description="Dirichlet concentration; smaller = more skew"
     )
     classes_per_client: int = Field(2, ge=1, description="Classes per client (pathological)")
     feature_skew: Literal["none", "rotation", "inversion", "blur"] = Field(

@@ -10,6 +10,7 @@ aggregation works on.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 
@@ -34,11 +35,13 @@ class ExactSum:
         Raises:
             OverflowError: a value is not finite or too large for the grid.
         """
-        scaled = term.astype(np.float64) * (weight * 2.0**self.bits)
-        # 2**9 such terms still fit beside each other.
-        if not np.all(np.abs(scaled) < 2.0**54):
+        # In torch, whose kernels are several times faster here than numpy's.
+        given, scale = torch.from_numpy(np.ascontiguousarray(term)), weight * 2.0**self.bits
+        # 2**9 such terms still fit beside each other. False for NaN.
+        if not float(given.abs().max()) * abs(scale) < 2.0**54:
             raise OverflowError("a term is not finite or too large to be added exactly")
-        self.total += np.rint(scaled, out=scaled).astype(np.int64)
+        scaled = given.to(torch.float64, copy=True).mul_(scale).round_()
+        torch.from_numpy(self.total).add_(scaled.to(torch.int64))
 
     def merge(self, other: "ExactSum") -> None:
         """Add another running sum."""

@@ -30,7 +30,7 @@ from fedcoe.engine.trainer import Fit, LocalWork, Trainer
 from fedcoe.exact_sum import ExactSum
 from fedcoe.methods.settings import MethodSettings
 from fedcoe.models import build_expert
-from fedcoe.models.flat import initial_vector
+from fedcoe.models.flat import Vector, initial_vector
 from fedcoe.prediction import Log
 from fedcoe.state import ServerState
 from fedcoe.streams import stream
@@ -306,7 +306,7 @@ class Method:
                 continue
             order = by_client[fit.client]
             weight = order.weights[order.experts.index(fit.name)]
-            delta = trained.vector.astype(np.float64) - state.experts[fit.name]
+            delta = trained.vector - state.experts[fit.name]
             if not add_at(result, fit.name, delta, weight):
                 continue
             result.losses.append(trained.loss * trained.images)
@@ -320,7 +320,7 @@ class Method:
         state: ServerState,
         result: LocalResult,
         fit: Fit,
-        delta: NDArray[np.float64],
+        delta: Vector,
     ) -> None:
         """Hook: what else a client reports about an update."""
 
@@ -444,13 +444,14 @@ class Method:
         return 0, 0
 
 
-def add_at(result: LocalResult, expert: int, delta: NDArray[np.float64], weight: float) -> bool:
+def add_at(result: LocalResult, expert: int, delta: Vector, weight: float) -> bool:
     """Add one client's update of one expert to a shard's sums, or count it as dropped.
 
     Returns:
         Whether it was added.
     """
-    square = float(delta @ delta)
+    with np.errstate(over="ignore"):
+        square = float(delta @ delta)
     # The largest the exact sums take, far beyond any sane update; catches NaN too.
     if not square < 2.0**24:
         result.dropped["too large"] += 1

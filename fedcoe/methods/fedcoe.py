@@ -239,11 +239,11 @@ class FedCoE(Method):
         state: ServerState,
         result: LocalResult,
         fit: Fit,
-        delta: NDArray[np.float64],
+        delta: Vector,
     ) -> None:
         # Only in round 1 are all experts equal, so that updates of different experts compare.
         if self.settings.similarity == "updates" and state.round == 0 and self.experts > 1:
-            head = delta[-side.trainer.head_parameters :]
+            head = delta[-side.trainer.head_parameters :].astype(np.float64)
             draws = stream(self._seed, "sketch").standard_normal((len(head), SKETCH))
             sketch = head @ draws
             result.sketches[fit.client] = sketch / max(float(np.linalg.norm(sketch)), 1e-12)

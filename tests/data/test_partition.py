@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fedcoe.config import PartitionSettings
 from fedcoe.data import partition as module
@@ -249,10 +250,11 @@ def test_a_dirichlet_partition_that_never_comes_says_what_to_change():
         draw(alpha=1e-4)
 
 
-@pytest.mark.parametrize("alpha", [float("inf"), 1e308])
-def test_an_alpha_beyond_arithmetic_is_refused(alpha):
+def test_an_alpha_beyond_arithmetic_is_refused():
+    with pytest.raises(ValidationError, match="finite"):
+        draw(alpha=float("inf"))
     with pytest.raises(FedCoEError, match=r"partition.alpha"):
-        draw(alpha=alpha)
+        draw(alpha=1e308)
 
 
 @pytest.mark.parametrize("scheme", ["dirichlet", "pathological", "iid"])
