@@ -57,8 +57,7 @@ def fit(
             log_g = torch.log_softmax(flat.module(trainer.prepare(x_all[rows])), dim=1)
             balance = -torch.log(log_g.exp().mean(dim=0).clamp_min(1e-8)).mean()
             loss = -(q_all[rows] * log_g).sum(dim=1).mean() + work.load_balance * balance
-            flat.gradient.zero_()
-            loss.backward()
+            flat.backward(loss)
             flat.vector.sub_(flat.gradient, alpha=work.lr)
     return flat.read()
 

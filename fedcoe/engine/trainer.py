@@ -103,8 +103,8 @@ class Trainer:
         device: str = "cpu",
     ) -> None:
         self.device = torch.device(device)
-        self.flat = FlatModel(build_expert(model, shape, classes, seed=0), self.device)
-        self.bf16 = precision == "bf16" or (precision == "auto" and native_bf16(device))
+        half = precision == "bf16" or (precision == "auto" and native_bf16(device))
+        self.flat = FlatModel(build_expert(model, shape, classes, seed=0), self.device, half)
         m, s = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
         self._scale, self._shift = 1.0 / (255.0 * s), -m / s
 
@@ -119,9 +119,6 @@ class Trainer:
         x = torch.tensor(images) if isinstance(images, np.ndarray) else images
         x = x.to(self.device).permute(0, 3, 1, 2)
         return torch.addcmul(self._shift, x, self._scale)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def fit(
         self, fits: Iterable[Fit], work: LocalWork, data: ClientData
@@ -150,8 +147,7 @@ class Trainer:
                 batch = x_all[rows]
                 if drawn.moves is not None:
                     batch = move(batch, torch.from_numpy(drawn.moves).to(self.device))
-                with self._autocast():
-                    logits = model(self.prepare(batch))
+                logits = model(self.prepare(batch).to(flat.dtype))
                 logits = logits.float() if shift is None else logits.float() + shift
                 if weights is None:
                     loss = F.cross_entropy(logits, y_all[rows])
@@ -159,8 +155,7 @@ class Trainer:
                     r = weights[rows]
                     each = F.cross_entropy(logits, y_all[rows], reduction="none")
                     loss = (r * each).sum() / r.sum().clamp_min(1e-6)
-                flat.gradient.zero_()
-                loss.backward()
+                flat.backward(loss)
                 gradient = flat.gradient
                 if work.weight_decay:
                     gradient.add_(flat.vector, alpha=work.weight_decay)
@@ -170,8 +165,10 @@ class Trainer:
                     norm = float(torch.linalg.vector_norm(gradient))
                     if norm > work.clip_norm:
                         gradient.mul_(work.clip_norm / norm)
-                velocity.mul_(work.momentum).add_(gradient)
-                flat.vector.add_(velocity, alpha=-work.lr)
+                if work.momentum:
+                    gradient = velocity.mul_(work.momentum).add_(gradient)
+                flat.vector.add_(gradient, alpha=-work.lr)
+                flat.changed()
                 total += float(loss.detach()) * len(rows)
         return FitResult(flat.read(), total / count, count * work.epochs)
 
@@ -189,9 +186,8 @@ class Trainer:
         logits, penultimate = [], []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            with self._autocast():
-                hidden = expert.features(self.prepare(batch))
-                logits.append(expert.head(hidden).float())
+            hidden = expert.features(self.prepare(batch).to(self.flat.dtype))
+            logits.append(expert.head(hidden).float())
             if features:
                 penultimate.append(hidden.float())
         hidden_all = torch.cat(penultimate).cpu().numpy() if features else None

@@ -97,8 +97,7 @@ class VectorizedTrainer(Trainer):
             if stack.moves is not None:
                 batch = move(batch, stack.moves[step, part].reshape(-1, 3))
             x = self.prepare(batch).unflatten(0, rows.shape)
-            with self._autocast():
-                logits = self._forward(vector[part], x)
+            logits = self._forward(vector[part].to(self.flat.dtype), x.to(self.flat.dtype))
             logits = logits.float() + stack.shift[part, None, :]
             each = F.cross_entropy(
                 logits.flatten(0, 1), labels[rows.reshape(-1)], reduction="none"

@@ -45,12 +45,13 @@ def _cnn4(shape: Shape) -> tuple[nn.Module, int]:
         return ((side - 4 + 2 * pad) // 2 - 4 + 2 * pad) // 2
 
     body = nn.Sequential(
+        # Pooling first: the same function, and a quarter of the rectifier's work.
         nn.Conv2d(channels, 32, 5, padding=pad),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Conv2d(32, 64, 5, padding=pad),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(64 * after(height) * after(width), 512),
         nn.ReLU(),
@@ -65,8 +66,8 @@ def _cnn3x3(shape: Shape) -> tuple[nn.Module, int]:
         nn.Conv2d(channels, 32, 3),
         nn.ReLU(),
         nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(64 * ((height - 4) // 2) * ((width - 4) // 2), 128),
         nn.ReLU(),
@@ -86,8 +87,8 @@ def _gn_cnn(shape: Shape) -> tuple[nn.Module, int]:
         layers += [
             nn.Conv2d(channels, width, 3, padding=1, bias=False),
             _norm(width),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
         ]
         channels = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 512

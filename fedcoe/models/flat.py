@@ -18,35 +18,54 @@ class FlatModel:
     An optimizer step is then a few operations on one long vector instead of several on each of
     many small tensors, and loading or reading a model is one copy.
 
+    In half precision the model computes with a bfloat16 copy of the vector, and the vector, the
+    gradient and the optimizer stay float32 (master weights, Micikevicius et al., ICLR 2018).
+
     Args:
         model: any module without buffers.
+        half: compute in bfloat16.
 
     Raises:
         ValueError: the model has buffers (batch statistics). Averaging parameters while leaving
             buffers behind is a silent error, so such models are refused.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device | str = "cpu", half: bool = False
+    ) -> None:
         buffers = [name for name, _ in model.named_buffers()]
         if buffers:
             raise ValueError(f"model has buffers that no server averages: {', '.join(buffers)}")
-        self.module = model.to(device)
         self.layout = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        parameters = list(model.parameters())
-        size = sum(p.numel() for p in parameters)
-        self.vector = torch.empty(size, device=device)
-        self.gradient = torch.zeros(size, device=device)
+        self.vector = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).to(device)
+        self.gradient = torch.zeros_like(self.vector)
+        self.dtype = torch.bfloat16 if half else torch.float32
+        self.module = model.to(device=device, dtype=self.dtype)
+        self._values = self.vector.to(self.dtype)
+        self._gradients = self.gradient.to(self.dtype)
         offset = 0
-        for p in parameters:
+        for p in self.module.parameters():
             part = slice(offset, offset + p.numel())
-            self.vector[part] = p.detach().reshape(-1)
-            p.data = self.vector[part].view(p.shape)
-            p.grad = self.gradient[part].view(p.shape)
+            p.data = self._values[part].view(p.shape)
+            p.grad = self._gradients[part].view(p.shape)
             offset += p.numel()
+
+    def changed(self) -> None:
+        """Let the model see what was written into `vector`."""
+        if self._values is not self.vector:
+            self._values.copy_(self.vector)
+
+    def backward(self, loss: Tensor) -> None:
+        """Put the gradient of a scalar loss into `gradient`."""
+        self._gradients.zero_()
+        loss.backward()
+        if self._gradients is not self.gradient:
+            self.gradient.copy_(self._gradients)
 
     def load(self, vector: Vector | Tensor) -> None:
         """Copy a [P] vector into the parameters."""
         self.vector.copy_(torch.as_tensor(vector))
+        self.changed()
 
     def read(self) -> Vector:
         """A copy of the parameters as a [P] float32 array."""
