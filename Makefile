@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint clean
+.PHONY: help install run test test-fast lint bench clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Commands that DVC starts find `fedcoe` on the PATH.
@@ -32,6 +32,12 @@ lint: install  ## Formatting, rules and types
 	ruff format --check .
 	ruff check .
 	mypy
+
+bench: install  ## Measure speed and memory (docs/performance.md); not a test
+	python benchmarks/sequential_loop.py
+	python benchmarks/method_cost.py
+	python benchmarks/scaling.py
+	python benchmarks/overhead.py
 
 clean:  ## Remove what runs produce; the data stays
 	rm -rf models partitions metrics plots reports .fedcoe

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve
+from scipy.linalg.blas import dsyrk
 
 from fedcoe.exact_sum import ExactSum
 from fedcoe.streams import stream
@@ -48,7 +49,7 @@ class Statistics:
     """Sums a client sends; adding those of several clients is exact in any order."""
 
     gram: ExactSum
-    """F'F [D, D]."""
+    """Upper triangle of F'F [D, D]."""
     targets: ExactSum
     """F'[Q | Y] [D, M + C]."""
     count: int = 0
@@ -60,7 +61,8 @@ class Statistics:
 
     def add(self, design: NDArray[np.float64], targets: NDArray[np.float64]) -> None:
         """Add n samples: F [n, D] and [Q | Y] [n, M + C]."""
-        self.gram.add(design.T @ design)
+        # One triangle, at half the cost; `solve` mirrors it.
+        self.gram.add(dsyrk(1.0, design.T))
         self.targets.add(design.T @ targets)
         self.count += len(design)
 
@@ -73,7 +75,7 @@ class Statistics:
         """Ridge regression [D, M + C]: (F'F + ridge n I) W = F'[Q | Y]."""
         gram = self.gram.value()
         gram[np.diag_indices_from(gram)] += ridge * self.count
-        return np.asarray(solve(gram, self.targets.value(), assume_a="pos"))
+        return np.asarray(solve(gram, self.targets.value(), assume_a="pos", lower=False))
 
 
 def ridge(

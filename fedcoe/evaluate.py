@@ -19,8 +19,6 @@ from fedcoe.metrics import Tally, calibration_error, over_clients, tally
 from fedcoe.prediction import blend, log_posterior
 from fedcoe.state import ServerState
 
-SHARES = tuple(np.linspace(0.0, 1.0, 11))
-
 
 @dataclass(frozen=True)
 class ClientScores:
@@ -180,9 +178,9 @@ def _share(method: Method, state: ServerState, c: ClientScores) -> float:
     alone = replace(c.validation, personal=None)
     rest = method.predict_client(state, c.client, alone, 0.0)
     own = log_posterior(c.validation.personal)
-    losses = [tally(blend(rest, own, b), c.validation_labels).nll for b in SHARES]
+    losses = [tally(blend(rest, own, b), c.validation_labels).nll for b in method.shares]
     # Rounded: models that predict the same differ in the last bits.
-    return float(SHARES[int(np.argmin(np.round(losses, 9)))])
+    return float(method.shares[int(np.argmin(np.round(losses, 9)))])
 
 
 def _validation(overall: Sequence[Tally], own: Sequence[Tally]) -> dict[str, float]:

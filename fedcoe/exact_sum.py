@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+_BLOCK = 2**15
+
 
 @dataclass
 class ExactSum:
@@ -35,13 +37,17 @@ class ExactSum:
         Raises:
             OverflowError: a value is not finite or too large for the grid.
         """
-        # In torch, whose kernels are several times faster here than numpy's.
-        given, scale = torch.from_numpy(np.ascontiguousarray(term)), weight * 2.0**self.bits
+        # In torch, whose kernels are faster here than numpy's, and block by block, so that the
+        # wider copies stay in the cache.
+        scale = weight * 2.0**self.bits
+        given = torch.from_numpy(np.ascontiguousarray(term)).reshape(-1)
+        low, high = (float(end) for end in torch.aminmax(given))
         # 2**9 such terms still fit beside each other. False for NaN.
-        if not float(given.abs().max()) * abs(scale) < 2.0**54:
+        if not max(-low, high) * abs(scale) < 2.0**54:
             raise OverflowError("a term is not finite or too large to be added exactly")
-        scaled = given.to(torch.float64, copy=True).mul_(scale).round_()
-        torch.from_numpy(self.total).add_(scaled.to(torch.int64))
+        total = torch.from_numpy(self.total).view(-1)
+        for part, into in zip(given.split(_BLOCK), total.split(_BLOCK), strict=True):
+            into.add_(part.to(torch.float64, copy=True).mul_(scale).round_().to(torch.int64))
 
     def merge(self, other: "ExactSum") -> None:
         """Add another running sum."""

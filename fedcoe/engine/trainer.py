@@ -132,7 +132,7 @@ class Trainer:
     ) -> FitResult:
         flat, model = self.flat, self.flat.module
         flat.load(fit.start)
-        velocity = torch.zeros_like(flat.vector)
+        velocity = torch.zeros_like(flat.vector) if work.momentum else None
         anchor, shift, weights, x_all, y_all = (
             None if array is None else torch.from_numpy(array).to(self.device)
             for array in (fit.anchor, fit.logit_shift, fit.sample_weights, images, labels)
@@ -165,7 +165,7 @@ class Trainer:
                     norm = float(torch.linalg.vector_norm(gradient))
                     if norm > work.clip_norm:
                         gradient.mul_(work.clip_norm / norm)
-                if work.momentum:
+                if velocity is not None:
                     gradient = velocity.mul_(work.momentum).add_(gradient)
                 flat.vector.add_(gradient, alpha=-work.lr)
                 flat.changed()

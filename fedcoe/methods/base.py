@@ -115,7 +115,7 @@ class LocalResult:
     personal: list[int] = field(default_factory=list)
     """Clients whose personal expert was trained."""
     sketches: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-    """Client to a short sketch of its update."""
+    """Client to a few numbers it reports, e.g. a sketch of its update."""
     dropped: Counter[str] = field(default_factory=Counter)
 
     @classmethod
@@ -171,6 +171,8 @@ class Method:
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     has_gate: ClassVar[bool] = False
+    shares: ClassVar[tuple[float, ...]] = tuple(np.linspace(0.0, 1.0, 11))
+    """Weights b_k of a client's personal expert that validation chooses among."""
 
     def __init__(self, federation: Federation) -> None:
         self.federation = federation
@@ -186,9 +188,7 @@ class Method:
     def init(self) -> ServerState:
         """Initial state: all experts start from the same weights, so their updates compare."""
         f = self.federation
-        seed = int(stream(f.settings.train.seed, "init").integers(2**31))
-        vector = initial_vector(build_expert(f.settings.model.name, f.shape, f.classes, seed))
-        experts = np.tile(vector, (self.experts, 1))
+        experts = np.tile(self.initial_experts(1), (self.experts, 1))
         return ServerState(
             round=0,
             experts=experts,
@@ -197,6 +197,18 @@ class Method:
             dispatched=np.zeros((f.clients, self.experts), np.int64),
             personal_round=np.zeros(f.clients, np.int64),
             share=np.zeros(f.clients),
+        )
+
+    def initial_experts(self, count: int) -> NDArray[np.float32]:
+        """[count, P] initial weights that differ; the first are those all methods start from."""
+        f = self.federation
+        rng = stream(f.settings.train.seed, "init")
+        seeds = [int(rng.integers(2**31)) for _ in range(count)]
+        return np.stack(
+            [
+                initial_vector(build_expert(f.settings.model.name, f.shape, f.classes, seed))
+                for seed in seeds
+            ]
         )
 
     def cohort(self, state: ServerState) -> list[int]:
@@ -227,16 +239,16 @@ class Method:
     def aggregate(
         self, state: ServerState, orders: Sequence[Order], results: Sequence[LocalResult]
     ) -> ServerState:
-        """theta_m <- theta_m + eta * v_m,  v_m <- beta v_m + sum_k a[k,m] (theta_km - theta_m).
+        """`server_step` with the mean updates sum_k a[k,m] (theta_km - theta_m).
 
         An expert that nobody trained stays as it is.
         """
         total = merged(results)
         weight = total.weights.value()
         trained = weight > 0
-        step = total.updates.value() / np.where(trained, weight, 1.0)[:, None]
-        momentum = self.settings.server_momentum * state.momentum + step
-        experts = state.experts + self.settings.server_lr * momentum
+        after = self.server_step(
+            state, total.updates.value() / np.where(trained, weight, 1.0)[:, None]
+        )
         personal = state.personal_round.copy()
         personal[total.personal] = state.round + 1
         dispatched = state.dispatched.copy()
@@ -244,12 +256,24 @@ class Method:
             dispatched[order.client, list(order.experts)] += 1
         keep = ~trained[:, None]
         return replace(
-            state,
+            after,
             round=state.round + 1,
-            experts=np.where(keep, state.experts, experts).astype(np.float32),
-            momentum=np.where(keep, state.momentum, momentum).astype(np.float32),
+            experts=np.where(keep, state.experts, after.experts),
+            momentum=np.where(keep, state.momentum, after.momentum),
             personal_round=personal,
             dispatched=dispatched,
+        )
+
+    def server_step(self, state: ServerState, update: NDArray[np.float64]) -> ServerState:
+        """theta_m <- theta_m + eta * v_m,  v_m <- beta v_m + update_m.
+
+        Args:
+            update: [M, P] mean updates; 0 for an expert that nobody trained.
+        """
+        momentum = self.settings.server_momentum * state.momentum + update
+        experts = state.experts + self.settings.server_lr * momentum
+        return replace(
+            state, experts=experts.astype(np.float32), momentum=momentum.astype(np.float32)
         )
 
     def gate_update(self, state: ServerState, messages: Sequence[Any]) -> ServerState:
@@ -287,6 +311,21 @@ class Method:
         """The models one client trains this round; `name` is the expert, -1 a personal one."""
         shift = self.logit_shift(order.client)
         return [Fit(order.client, m, state.experts[m], shift) for m in order.experts]
+
+    def personal_start(self, side: ClientSide, state: ServerState, client: int) -> Vector:
+        """[P] a client's personal expert as it left it, or the weights all methods start from."""
+        last = int(state.personal_round[client])
+        return side.personal.load(client, last) if last else self.initial_experts(1)[0]
+
+    def training_losses(
+        self, logits: NDArray[np.float32], labels: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """[M, n, C] logits on one client's samples to [n, M] of the loss experts are trained on."""
+        if self.settings.balanced_softmax:
+            counts = np.bincount(labels, minlength=self.federation.classes)
+            logits = logits + np.log(prediction.prior_from_counts(counts)).astype(np.float32)
+        log_p = prediction.log_posterior(logits)
+        return np.asarray(-log_p[:, np.arange(len(labels)), labels].T)
 
     def local_train(
         self, side: ClientSide, state: ServerState, orders: Sequence[Order]
@@ -373,8 +412,12 @@ class Method:
 
     def predict_global(self, state: ServerState, scores: Scores) -> Log:
         """[n, C] log probabilities, knowing nothing about the client."""
+        return self.mixture(scores, np.full(self.experts, 1.0 / self.experts))
+
+    def mixture(self, scores: Scores, weights: NDArray[np.float64]) -> Log:
+        """[n, C] log probabilities of the experts, weighted by [M]."""
         experts = prediction.log_posterior(scores.experts)
-        return prediction.mixture(experts, np.full(self.experts, -np.log(self.experts)))
+        return prediction.mixture(experts, np.log(np.maximum(weights, 1e-300)))
 
     def predict_with(
         self,
@@ -383,8 +426,11 @@ class Method:
         prior: NDArray[np.float64] | None,
         correlation: NDArray[np.float64] | None,
     ) -> Log:
-        """Global prediction, knowing a client's label prior [C] and correlation [M]."""
-        log_p = self.predict_global(state, scores)
+        """Experts weighted by a client's correlation [M], reweighted to its label prior [C]."""
+        if correlation is None:
+            log_p = self.predict_global(state, scores)
+        else:
+            log_p = self.mixture(scores, correlation)
         if prior is None or not self.settings.reweighting:
             return log_p
         return prediction.reweight(log_p, prior, self.trained_prior)
