@@ -81,15 +81,10 @@ class Statistics:
 def ridge(
     design: NDArray[np.float64], targets: NDArray[np.float64], strength: float
 ) -> NDArray[np.float64]:
-    """Ridge regression [D, T] of one client's samples, through whichever Gram matrix is smaller."""
-    count, width = design.shape
-    if count < width:
-        kernel = design @ design.T
-        kernel[np.diag_indices_from(kernel)] += strength * count
-        return np.asarray(design.T @ solve(kernel, targets, assume_a="pos"))
-    gram = design.T @ design
-    gram[np.diag_indices_from(gram)] += strength * count
-    return np.asarray(solve(gram, design.T @ targets, assume_a="pos"))
+    """Ridge regression [D, T] of few samples, through their [n, n] kernel matrix."""
+    kernel = design @ design.T
+    kernel[np.diag_indices_from(kernel)] += strength * len(design)
+    return np.asarray(design.T @ solve(kernel, targets, assume_a="pos"))
 
 
 def message_bytes(width: int, targets: int) -> int:

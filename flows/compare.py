@@ -12,7 +12,7 @@ from prefect.artifacts import create_markdown_artifact
 from fedcoe.config import fingerprint_of, load_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.errors import FedCoEError
-from fedcoe.methods.settings import method_names
+from fedcoe.methods.settings import method_class, method_names
 from fedcoe.state import write_atomic
 from flows.federated_training import federated_training
 from flows.pipeline import partition_data
@@ -86,9 +86,12 @@ def _write_table(results: Path, methods: Sequence[str], seeds: Sequence[int]) ->
         shown = [method]
         for column, path in COLUMNS.items():
             values = 100 * np.array([_at(cell, path) for cell in cells])
+            if "personalized" not in path and not method_class(method).has_global:
+                values = np.full(len(cells), np.nan)
             spread = values.std(ddof=1) if len(values) > 1 else float("nan")
             row |= {column: float(values.mean()), f"{column} std": float(spread)}
-            shown.append(f"{values.mean():.2f} ± {spread:.2f}")
+            found = f"{values.mean():.2f} ± {spread:.2f}"
+            shown.append("-" if np.isnan(values.mean()) else found)
         rows.append(row)
         lines.append("| " + " | ".join(shown) + " |")
     head = f"| method | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}\n"

@@ -171,6 +171,8 @@ class Method:
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     has_gate: ClassVar[bool] = False
+    has_global: ClassVar[bool] = True
+    """Whether there is a global model at all; without one only personalized figures mean much."""
     shares: ClassVar[tuple[float, ...]] = tuple(np.linspace(0.0, 1.0, 11))
     """Weights b_k of a client's personal expert that validation chooses among."""
 
@@ -345,7 +347,8 @@ class Method:
                 continue
             order = by_client[fit.client]
             weight = order.weights[order.experts.index(fit.name)]
-            delta = trained.vector - state.experts[fit.name]
+            # In place: the trained vector is not needed any more, and it is large.
+            delta = np.subtract(trained.vector, state.experts[fit.name], out=trained.vector)
             if not add_at(result, fit.name, delta, weight):
                 continue
             result.losses.append(trained.loss * trained.images)

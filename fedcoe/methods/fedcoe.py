@@ -272,8 +272,16 @@ class FedCoE(Method):
             if message.statistics is not None:
                 y = np.eye(self.federation.classes)[labels]
                 targets = np.concatenate([q, y], axis=1)[:, : self._targets]
-                message.statistics.add(design, targets)
-                own: NDArray[np.floating] = shared_design @ ridge(design, q, s.ridge)
+                mine = Statistics.zeros(design.shape[1], self._targets)
+                mine.add(design, targets)
+                message.statistics.merge(mine)
+                # The client's own gate, for the inconsistency: of few samples through their
+                # kernel, of many from the sums at hand.
+                if len(design) < design.shape[1]:
+                    gate = ridge(design, q, s.ridge)
+                else:
+                    gate = mine.solve(s.ridge)[:, : self.experts]
+                own: NDArray[np.floating] = shared_design @ gate
             else:
                 trained = neural_gate.fit(
                     trainer,

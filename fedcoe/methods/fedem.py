@@ -6,6 +6,10 @@
                         w_km: min sum_x q[x,m] loss / sum_x q[x,m], for every m
         aggregate       w_m = sum_k n_k w_km / sum_k n_k
 
+Departure: the authors' code divides a batch's q-weighted loss by the batch size, the trainer here
+by the sum of q. The minimum is the same, but a component that suits a client badly moves as far
+there as one that suits it well.
+
 Personalized prediction: sum_m pi[k,m] p_m(y|x). There is no gate on x. A new client with labels
 takes one E-step from a uniform pi; without labels it gets the uniform mixture, and that is also the
 global prediction, of which the paper has none.
@@ -34,7 +38,6 @@ from fedcoe.state import ServerState
 class FedEMSettings(MethodSettings):
     name: Literal["fedem"] = "fedem"
     experts: int = Field(3, ge=1, le=64, description="M, components (the paper: 3)")
-    weighting: Literal["samples", "responsibilities"] = "samples"
 
 
 class FedEM(Method):
@@ -52,9 +55,8 @@ class FedEM(Method):
 
     def dispatch(self, state: ServerState, cohort: Sequence[int]) -> list[Order]:
         """Every client trains every component; pi does not count in the mean."""
-        if self.settings.weighting == "samples":
-            state = replace(state, correlation=np.ones_like(state.correlation))
-        return super().dispatch(state, cohort)
+        even = np.full_like(state.correlation, 1.0 / self.experts)
+        return super().dispatch(replace(state, correlation=even), cohort)
 
     def responsibilities(
         self,

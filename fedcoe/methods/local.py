@@ -36,6 +36,7 @@ class Local(Method):
     """The one expert of the state stays at the common start; each order is one own model."""
 
     Settings = LocalSettings
+    has_global = False
     shares = (1.0,)
 
     def fits(self, side: ClientSide, state: ServerState, order: Order) -> list[Fit]:
