@@ -70,7 +70,7 @@ def bare(tmp_path: Path, project: Path) -> Path:
         (("train", "-S", "train.rounds=0"), ("params.yaml", "train.rounds = 0", "1")),
         (("train", "-S", "nonsense"), ("nonsense", "section.key=value")),
         (("train", "-S", "model.name=nosuch"), ("model.name", "nosuch", "cnn4")),
-        (("train", "-S", "method.name=nosuch"), ("nosuch", "fedavg, fedcoe")),
+        (("train", "-S", "method.name=nosuch"), ("nosuch", "fedavg")),
         (("train",), ("data/dataset.json", "fedcoe fetch")),
         (("fetch", "nosuch"), ("nosuch", "mnist5k")),
         (("predict", "nowhere"), ("models",)),
