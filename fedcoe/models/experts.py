@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Shape = tuple[int, int, int]
 """Height, width, channels of one image."""
@@ -35,6 +36,19 @@ class Expert(nn.Module):
         return cast(Tensor, self.head(self.body(x)))
 
 
+class MaxPool(nn.Module):
+    """Maximum of each 2 x 2 square; odd last rows and columns are left out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.is_cuda:
+            return F.max_pool2d(x, 2)
+        # The same numbers without the indices that only a backward pass needs: the whole forward
+        # pass of cnn4 is twice as fast on a processor.
+        height, width = (side // 2 * 2 for side in x.shape[-2:])
+        rows = torch.maximum(x[..., 0:height:2, :], x[..., 1:height:2, :])
+        return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
+
+
 def _cnn4(shape: Shape) -> tuple[nn.Module, int]:
     """The 4-layer CNN of PFLlib (JMLR 2025): two 5x5 convolutions, two linear layers."""
     height, width, channels = shape
@@ -47,10 +61,10 @@ def _cnn4(shape: Shape) -> tuple[nn.Module, int]:
     body = nn.Sequential(
         # Pooling first: the same function, and a quarter of the rectifier's work.
         nn.Conv2d(channels, 32, 5, padding=pad),
-        nn.MaxPool2d(2),
+        MaxPool(),
         nn.ReLU(),
         nn.Conv2d(32, 64, 5, padding=pad),
-        nn.MaxPool2d(2),
+        MaxPool(),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(64 * after(height) * after(width), 512),
@@ -66,7 +80,7 @@ def _cnn3x3(shape: Shape) -> tuple[nn.Module, int]:
         nn.Conv2d(channels, 32, 3),
         nn.ReLU(),
         nn.Conv2d(32, 64, 3),
-        nn.MaxPool2d(2),
+        MaxPool(),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(64 * ((height - 4) // 2) * ((width - 4) // 2), 128),
@@ -87,7 +101,7 @@ def _gn_cnn(shape: Shape) -> tuple[nn.Module, int]:
         layers += [
             nn.Conv2d(channels, width, 3, padding=1, bias=False),
             _norm(width),
-            nn.MaxPool2d(2),
+            MaxPool(),
             nn.ReLU(),
         ]
         channels = width

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from fedcoe.models import EXPERTS, GateNetwork, build_expert
+from fedcoe.models.experts import MaxPool
 
 SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3), (64, 64, 3)]
 
@@ -76,3 +77,13 @@ def test_gates_differ_by_seed_below_their_last_layer():
     assert not torch.equal(a, b)
     assert 4_800 < len(a) < 6_000
     assert np.all(a.numpy()[-3 - 96 :] == 0)
+
+
+@pytest.mark.parametrize("side", [6, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_gives_the_same_numbers_with_and_without_gradients(side, dtype):
+    x = torch.randn(3, 5, side, side + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.inference_mode():
+        without = MaxPool()(x)
+    assert torch.equal(without, torch.nn.functional.max_pool2d(x, 2))
+    assert torch.equal(MaxPool()(x), without)
