@@ -22,18 +22,19 @@ from fedcoe.engine.trainer import Trainer
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.base import Federation, Method, Scores
 from fedcoe.methods.settings import method_class
-from fedcoe.models import build_expert
 from fedcoe.models.flat import FlatModel, Layout
 from fedcoe.prediction import Log, prior_from_counts
 from fedcoe.state import PersonalStore, ServerState, load_model, save_model, write_atomic
 
 FORMAT = 1
+PREDICTING = ("gate", "head")
+"""What of a state's `extra` is needed to predict; the rest serves training."""
 
 
-def layout_of(federation: Federation) -> Layout:
-    """Parameter names and shapes of the federation's experts."""
-    f = federation
-    return FlatModel(build_expert(f.settings.model.name, f.shape, f.classes, 0)).layout
+def layout_of(method: Method) -> Layout:
+    """Parameter names and shapes of a method's experts."""
+    f = method.federation
+    return FlatModel(method.build(f.settings.model.name, f.shape, f.classes, 0)).layout
 
 
 def export_models(
@@ -41,17 +42,21 @@ def export_models(
 ) -> None:
     """Write a trained state to `folder`, replacing what is there."""
     f = method.federation
-    layout = layout_of(f)
+    layout = layout_of(method)
     target = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(target, ignore_errors=True)
     for m, vector in enumerate(state.experts):
         save_model(target / "experts" / f"expert-{m}.safetensors", vector, layout)
-    if state.extra:
-        arrays = {name: np.ascontiguousarray(a) for name, a in state.extra.items()}
+    arrays = {
+        name: np.ascontiguousarray(array)
+        for name, array in state.extra.items()
+        if name in PREDICTING
+    }
+    if arrays:
         write_atomic(target / "gate.safetensors", save(arrays))
     exported = PersonalStore(target / "personal", layout)
     for client, last in enumerate(state.personal_round):
-        if last:
+        if last and method.personal_models:
             exported.save(client, int(last), personal.load(client, int(last)))
     description = {
         "format": FORMAT,
@@ -167,7 +172,7 @@ def load_bundle(
             tuple(description["std"]),
         )
         method: Method = method_class(settings.method.name)(federation)
-        layout = layout_of(federation)
+        layout = layout_of(method)
         experts = np.stack(
             [
                 load_model(folder / "experts" / f"expert-{m}.safetensors", layout)
@@ -204,5 +209,6 @@ def load_bundle(
         federation.mean,
         federation.std,
         precision or description.get("precision", "auto"),
+        build=method.build,
     )
     return Bundle(method, state, trainer)

@@ -139,6 +139,56 @@ class RuntimeSettings(Section):
     )
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Searched(Section):
+    """What `fedcoe tune` tries for one setting: numbers from low to high, or choices."""
+
+    low: Finite | None = None
+    high: Finite | None = None
+    log: bool = Field(False, description="Search the logarithm")
+    step: Finite | None = Field(None, gt=0.0)
+    choices: tuple[Any, ...] = ()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Searched":
+        if self.choices:
+            if self.model_fields_set - {"choices"}:
+                raise ValueError("give low and high, or choices, not both")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("give {low: ..., high: ...} or {choices: [...]}")
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low:g} must be less than high = {self.high:g}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs low > 0 and no step")
+        return self
+
+
+class TuneSettings(Section):
+    """The search of `fedcoe tune`; nothing that trains reads it."""
+
+    trials: int = Field(20, ge=1, le=100_000, description="Trials to finish, pruned ones included")
+    objective: Literal[
+        "global_nll", "global_accuracy", "personalized_nll", "personalized_accuracy"
+    ] = Field("global_nll", description="Validation figure of the last round to make best")
+    rounds: int = Field(0, ge=0, le=100_000, description="Rounds a trial; 0 = `train.rounds`")
+    pruner: Literal["median", "none"] = Field(
+        "median", description="Stop trials that are worse than the median at the same round"
+    )
+    warmup_rounds: int = Field(5, ge=0, description="No trial is pruned before this round")
+    startup_trials: int = Field(
+        6, ge=1, description="Trials before the search looks at the earlier ones, or prunes"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Root of the search's own streams")
+    space: dict[str, Searched] = Field(
+        {},
+        description="Keys of `model`, `method`, `train`, each with `{low, high}` (and `log: true`, "
+        "or `step`) or `{choices: [...]}`",
+    )
+
+
 class Settings(Section):
     """The whole of params.yaml."""
 
@@ -150,6 +200,8 @@ class Settings(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     cold_start: ColdStartSettings = ColdStartSettings()
     runtime: RuntimeSettings = RuntimeSettings()
+    # In no dump: what is trained, and every key made of it, does not depend on the search.
+    tune: TuneSettings = Field(default=TuneSettings(), exclude=True)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -157,7 +209,7 @@ class Settings(Section):
         return settings_for(value) if isinstance(value, Mapping) else value
 
     def fingerprint(self, *sections: str) -> str:
-        """16 hex digits naming these sections' values (all sections if none is given)."""
+        """16 hex digits naming these sections' values (all but `tune` if none is given)."""
         return fingerprint_of(self.model_dump(mode="json", include=set(sections) or None))
 
 

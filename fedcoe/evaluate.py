@@ -212,3 +212,35 @@ def _expert_rows(
             row[f"accuracy_class_{name}"] = float(hit[mine].mean()) if mine.any() else float("nan")
         rows.append(row)
     return rows
+
+
+def score_validation(
+    side: ClientSide, method: Method, state: ServerState, clients: Sequence[int]
+) -> list[ClientScores]:
+    """`score_clients` on validation images alone: no test image or label is opened."""
+    results = []
+    for client in clients:
+        images = side.data.images(client, VALIDATION)
+        own = method.personal_logits(side, state, client, images)
+        scores = replace(method.score(side.trainer, state, images), personal=own)
+        labels = side.data.labels(client, VALIDATION)
+        results.append(ClientScores(client, scores, labels, scores.rows(slice(0)), labels[:0]))
+    return results
+
+
+def validate(
+    method: Method, state: ServerState, clients: Sequence[ClientScores]
+) -> tuple[ServerState, dict[str, float]]:
+    """`evaluate` without its test half: the state it returns, and `Evaluation.validation`."""
+    clients = sorted(clients, key=lambda c: c.client)
+    state = method.calibrate(
+        state, {c.client: (c.validation, c.validation_labels) for c in clients}
+    )
+    shares = np.zeros(method.federation.clients)
+    overall, own = [], []
+    for c in clients:
+        shares[c.client] = share = _share(method, state, c)
+        overall.append(tally(method.predict_global(state, c.validation), c.validation_labels))
+        log_p = method.predict_client(state, c.client, c.validation, share)
+        own.append(tally(log_p, c.validation_labels))
+    return replace(state, share=shares), _validation(overall, own)

@@ -17,6 +17,11 @@ def log_posterior(logits: NDArray[np.floating], sharpness: float = 1.0) -> Log:
     return np.asarray(log_softmax(logits.astype(np.float64) * sharpness, axis=-1))
 
 
+def sample_losses(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> Log:
+    """[M, n, C] logits and [n] labels to [n, M] cross-entropies."""
+    return np.asarray(-log_posterior(logits)[:, np.arange(len(labels)), labels].T)
+
+
 def mixture(experts: Log, weights: Log) -> Log:
     """log sum_m w[n, m] p_m(y | x_n).
 

@@ -5,7 +5,7 @@ same as Prefect tasks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,11 +106,11 @@ def gate_clients(method: Method, state: ServerState, plan: RoundPlan) -> list[in
 
     Every seen client when an evaluation follows, the cohort when only `gate_every` asks for it.
     """
-    if not method.has_gate:
+    if not method.coordinates:
         return []
     if evaluation_due(method, state):
         return list(range(method.federation.clients))
-    every = method.settings.gate_every
+    every = method.gate_every
     return [order.client for order in plan.orders] if every and state.round % every == 0 else []
 
 
@@ -123,13 +123,43 @@ def train_round(
     return finish_round(method, state, plan, results)
 
 
+def gate_view(method: Method, before: ServerState, after: ServerState) -> ServerState:
+    """The state that clients fit the gate to: with the new experts, unless the method says not."""
+    seen = replace(after, experts=before.experts) if method.gate_before_aggregation else after
+    return seen.for_clients()
+
+
 def update_gate(
-    engine: Engine, method: Method, state: ServerState, clients: Sequence[int]
+    engine: Engine,
+    method: Method,
+    state: ServerState,
+    clients: Sequence[int],
+    before: ServerState | None = None,
 ) -> ServerState:
-    """One gate update with these clients."""
+    """One gate update with these clients; `before` is the state the round began with."""
     shards = engine.shards(clients, [int(method.federation.train_counts[k]) for k in clients])
-    messages = engine.map(method.gate_message, state.for_clients(), over=shards)
+    view = gate_view(method, before or state, state)
+    messages = engine.map(method.gate_message, view, over=shards)
     return method.gate_update(state, messages)
+
+
+def personalized(
+    state: ServerState, results: Sequence[tuple[list[int], int]]
+) -> tuple[ServerState, int]:
+    """The state after fine-tuning, and the images that took, from `Method.personalize`'s shards."""
+    rounds = state.personal_round.copy()
+    for clients, _ in results:
+        rounds[clients] = state.round
+    return replace(state, personal_round=rounds), sum(images for _, images in results)
+
+
+def finetune(engine: Engine, method: Method, state: ServerState) -> tuple[ServerState, int]:
+    """Fine-tune on every seen client, where the method does: the state and images trained on."""
+    if not method.finetune_epochs:
+        return state, 0
+    counts = [int(n) for n in method.federation.train_counts]
+    shards = engine.shards(range(len(counts)), counts)
+    return personalized(state, engine.map(method.personalize, state.for_clients(), over=shards))
 
 
 def _evenness(load: Any) -> float:

@@ -47,11 +47,12 @@ class ServerState:
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     """Figures of the last gate update that decide nothing."""
     extra: Arrays = field(default_factory=dict)
-    """What only some methods have, e.g. the gate."""
+    """What only some methods have, e.g. the gate; `server_...` never travels to clients."""
 
     def for_clients(self) -> "ServerState":
         """Without what only the server needs: this is what travels to workers."""
-        return replace(self, momentum=np.zeros((0, 0), np.float32))
+        extra = {k: v for k, v in self.extra.items() if not k.startswith("server_")}
+        return replace(self, momentum=np.zeros((0, 0), np.float32), extra=extra)
 
     def with_extra(self, **arrays: NDArray[Any]) -> "ServerState":
         return replace(self, extra={**self.extra, **arrays})

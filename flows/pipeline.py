@@ -65,6 +65,7 @@ def open_models(root: Path) -> Iterator[tuple[Bundle, ClientData, Engine]]:
         exported=True,
         vectorized=vectorized,
         devices=devices,
+        build=bundle.method.build,
     )
     with Engine(site, settings.runtime.workers) as engine:
         yield bundle, data, engine

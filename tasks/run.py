@@ -72,6 +72,7 @@ def open_run(settings: Settings, root: Path, partitions: Path) -> Iterator[Run]:
         settings.runtime.precision,
         vectorized=vectorized,
         devices=devices,
+        build=method.build,
     )
     with Engine(site, settings.runtime.workers) as engine:
         yield Run(root, settings, data, method, engine, key)

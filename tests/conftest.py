@@ -14,9 +14,18 @@ from fedcoe.data.dataset import Dataset, RawDataset, load_dataset, write_dataset
 from fedcoe.data.partition import Partition, load_partition, make_partition, save_partition
 from fedcoe.engine.clients import ClientData
 from fedcoe.engine.pool import ClientSide, Engine, Site
+from fedcoe.engine.trainer import Build
 from fedcoe.methods.base import Federation, Method
 from fedcoe.methods.settings import method_class
-from fedcoe.rounds import gate_clients, plan_round, train_round, update_gate
+from fedcoe.models import build_expert
+from fedcoe.rounds import (
+    evaluation_due,
+    finetune,
+    gate_clients,
+    plan_round,
+    train_round,
+    update_gate,
+)
 from fedcoe.state import ServerState
 
 PARTITION = {"clients": 8, "new_clients": 0.25, "alpha": 0.5, "min_samples": 10}
@@ -126,9 +135,10 @@ def make_engine(world: World, tmp_path: Path) -> Iterator[Callable[..., Engine]]
     with ExitStack() as stack:
         made: list[Engine] = []
 
-        def make(workers: int = 1, world: World = world) -> Engine:
+        def make(workers: int = 1, world: World = world, build: Build = build_expert) -> Engine:
             personal = tmp_path / f"personal-{len(made)}"
-            site = Site(world.folder / "data", world.folder / "partitions", personal, "gn_cnn")
+            folder = world.folder
+            site = Site(folder / "data", folder / "partitions", personal, "gn_cnn", build=build)
             made.append(stack.enter_context(Engine(site, workers)))
             return made[-1]
 
@@ -156,10 +166,12 @@ def train() -> Callable[..., ServerState]:
     ) -> ServerState:
         state = state or method.init()
         for _ in range(rounds):
-            plan = plan_round(method, state, engine)
+            before, plan = state, plan_round(method, state, engine)
             state, _ = train_round(engine, method, state)
             if members := gate_clients(method, state, plan):
-                state = update_gate(engine, method, state, members)
+                state = update_gate(engine, method, state, members, before)
+            if evaluation_due(method, state):
+                state, _ = finetune(engine, method, state)
         return state
 
     return run

@@ -82,7 +82,7 @@ def test_the_state_comes_back_with_personal_experts_by_name(mixture):
         bundle.method.federation.label_counts, method.federation.label_counts
     )
     assert sorted(p.stem for p in (folder / "personal").iterdir()) == [str(k) for k in range(6)]
-    exported = PersonalStore(folder / "personal", layout_of(method.federation))
+    exported = PersonalStore(folder / "personal", layout_of(method))
     for k in range(6):
         np.testing.assert_array_equal(exported.load(k, 2), side.personal.load(k, 2))
 

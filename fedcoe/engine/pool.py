@@ -22,9 +22,10 @@ from threadpoolctl import threadpool_limits
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition
 from fedcoe.engine.clients import ClientData
-from fedcoe.engine.trainer import Trainer
+from fedcoe.engine.trainer import Build, Trainer
 from fedcoe.engine.vectorized import VectorizedTrainer
 from fedcoe.errors import FedCoEError
+from fedcoe.models import build_expert
 from fedcoe.state import PersonalStore
 
 R = TypeVar("R")
@@ -53,6 +54,8 @@ class Site:
     vectorized: bool = False
     devices: tuple[str, ...] = ("cpu",)
     """Worker i computes on device i modulo their number."""
+    build: Build = build_expert
+    """What makes the models: `Method.build`."""
 
     def open(self, worker: int = 0) -> ClientSide:
         # One thread a process: two OpenMP threads beside another busy process are several times
@@ -71,6 +74,7 @@ class Site:
             info.std,
             self.precision,
             self.devices[worker % len(self.devices)],
+            self.build,
         )
         return ClientSide(
             ClientData(dataset, load_partition(self.partitions)),

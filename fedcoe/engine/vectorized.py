@@ -18,7 +18,18 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from fedcoe.engine.clients import TRAIN, ClientData
-from fedcoe.engine.trainer import Batch, Fit, FitResult, LocalWork, Trainer, batches, move
+from fedcoe.engine.trainer import (
+    Batch,
+    Build,
+    Fit,
+    FitResult,
+    LocalWork,
+    Phase,
+    Trainer,
+    batches,
+    move,
+)
+from fedcoe.models import build_expert
 
 
 class VectorizedTrainer(Trainer):
@@ -33,9 +44,10 @@ class VectorizedTrainer(Trainer):
         std: Sequence[float],
         precision: Literal["auto", "fp32", "bf16"] = "fp32",
         device: str = "cpu",
+        build: Build = build_expert,
         chunk: int = 128,
     ) -> None:
-        super().__init__(model, shape, classes, mean, std, precision, device)
+        super().__init__(model, shape, classes, mean, std, precision, device, build)
         self.chunk = chunk
         self._sizes = [int(np.prod(s)) for s in self.flat.layout.values()]
         self._resident: tuple[Tensor, Tensor] | None = None
@@ -90,6 +102,7 @@ class VectorizedTrainer(Trainer):
         vector = stack.start.requires_grad_()
         velocity = torch.zeros_like(vector)
         loss_sum = torch.zeros(len(fits), device=self.device)
+        border = vector.shape[1] - self.head_parameters
         for step, active in enumerate(stack.active):
             part = slice(active)
             rows, mask = stack.rows[step, part], stack.mask[step, part]
@@ -97,20 +110,29 @@ class VectorizedTrainer(Trainer):
             if stack.moves is not None:
                 batch = move(batch, stack.moves[step, part].reshape(-1, 3))
             x = self.prepare(batch).unflatten(0, rows.shape)
-            logits = self._forward(vector[part].to(self.flat.dtype), x.to(self.flat.dtype))
-            logits = logits.float() + stack.shift[part, None, :]
-            each = F.cross_entropy(
-                logits.flatten(0, 1), labels[rows.reshape(-1)], reduction="none"
-            ).view(rows.shape)
+            first, *others = self._forward(vector[part].to(self.flat.dtype), x.to(self.flat.dtype))
+            truth = labels[rows.reshape(-1)]
+            each = torch.zeros(rows.shape, device=self.device)
+            for logits in (first.float() + stack.shift[part, None, :], *others):
+                each = each + F.cross_entropy(
+                    logits.float().flatten(0, 1), truth, reduction="none"
+                ).view(rows.shape)
             weight = mask if stack.weights is None else mask * stack.weights[step, part]
             loss = (weight * each).sum(1) / weight.sum(1).clamp_min(1e-6)
             [gradient] = torch.autograd.grad(loss.sum(), vector)
             with torch.no_grad():
                 g, v, w = gradient[part], velocity[part], vector[part]
+                if stack.correction is not None:
+                    g.add_(stack.correction[part])
                 if work.weight_decay:
                     g.add_(w, alpha=work.weight_decay)
                 if stack.anchor is not None:
                     g.add_(stack.pull[part] * (w - stack.anchor[part]))
+                if stack.trained is not None:
+                    # A new phase starts a new optimizer; what it freezes has no gradient.
+                    v.mul_(stack.goes_on[step, part, None])
+                    g[:, :border].mul_(stack.trained[step, part, :1])
+                    g[:, border:].mul_(stack.trained[step, part, 1:])
                 if work.clip_norm:
                     norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
                     g.mul_((work.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0))
@@ -123,12 +145,12 @@ class VectorizedTrainer(Trainer):
         for place, i in enumerate(order):
             count = plans[i].count
             results[i] = FitResult(
-                vectors[place].copy(), float(losses[place]) / count, count * work.epochs
+                vectors[place].copy(), float(losses[place]) / count, count * fits[i].epochs(work)
             )
         return [result for result in results if result is not None]
 
-    def _forward(self, vectors: Tensor, x: Tensor) -> Tensor:
-        """[a, P] parameters and [a, b, C, H, W] images to [a, b, classes] logits."""
+    def _forward(self, vectors: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """[a, P] parameters and [a, b, C, H, W] images to [a, b, classes] logits, one or more."""
         names, shapes = self.flat.layout.keys(), self.flat.layout.values()
         # One split, so that its backward is one concatenation.
         parts = vectors.split(self._sizes, dim=1)
@@ -140,24 +162,31 @@ class VectorizedTrainer(Trainer):
         def one(parameters: dict[str, Tensor], images: Tensor) -> Any:
             return functional_call(self.flat.module, parameters, (images,))
 
-        logits: Tensor = vmap(one)(parameters, x)
-        return logits
+        logits = vmap(one)(parameters, x)
+        return logits if isinstance(logits, tuple) else (logits,)
 
     def _plan(self, fit: Fit, work: LocalWork, data: ClientData) -> "_Plan":
         rows = data.partition.indices(fit.client, TRAIN)
         height = data.dataset.x_train.shape[1]
-        epochs = list(batches(work, fit.client, len(rows), height))
-        return _Plan(rows, epochs)
+        epochs = list(batches(work, fit.epochs(work), fit.client, len(rows), height))
+        return _Plan(rows, epochs, fit.plan(work))
 
 
 class _Plan:
     """One fit's batches and where its samples lie among all."""
 
-    def __init__(self, rows: NDArray[np.int64], epochs: list[list[Batch]]) -> None:
+    def __init__(
+        self, rows: NDArray[np.int64], epochs: list[list[Batch]], phases: tuple[Phase, ...]
+    ) -> None:
         self.rows, self.count = rows, len(rows)
         self.batches = [batch for epoch in epochs for batch in epoch]
         self.steps = len(self.batches)
         self.last_epoch = self.steps - len(epochs[-1])
+        self.parts = [p.part for p in phases for _ in range(p.epochs * len(epochs[-1]))]
+        """What each step trains."""
+        ends = np.cumsum([p.epochs * len(epochs[-1]) for p in phases])
+        self.starts = {0, *map(int, ends[:-1])}
+        """Steps that begin a phase."""
 
 
 class _Stack:
@@ -173,6 +202,7 @@ class _Stack:
         weighted = any(fit.sample_weights is not None for fit in fits)
         weights = np.ones(shape, np.float32) if weighted else None
         last_epoch = np.zeros(shape[:2], np.float32)
+        trained, goes_on = np.ones((*shape[:2], 2), np.float32), np.ones(shape[:2], np.float32)
         for i, (fit, plan) in enumerate(zip(fits, plans, strict=True)):
             for t, batch in enumerate(plan.batches):
                 b = len(batch.rows)
@@ -183,6 +213,8 @@ class _Stack:
                     weights[t, i, :b] = fit.sample_weights[batch.rows]
                 if t >= plan.last_epoch:
                     last_epoch[t, i] = b
+                trained[t, i] = {"all": (1, 1), "body": (1, 0), "head": (0, 1)}[plan.parts[t]]
+                goes_on[t, i] = t not in plan.starts
         self.active = [sum(plan.steps > t for plan in plans) for t in range(steps)]
 
         def put(array: NDArray[Any]) -> Tensor:
@@ -192,6 +224,14 @@ class _Stack:
         self.moves = None if moves is None else put(moves)
         self.weights = None if weights is None else put(weights)
         self.start = put(np.stack([fit.start for fit in fits]))
+        phased = any(fit.phases for fit in fits)
+        self.trained, self.goes_on = (put(trained) if phased else None), put(goes_on)
+        """[T, B, 2] whether a step trains body and head; [T, B] 0 where a phase begins."""
+        self.correction = None
+        if any(fit.correction is not None for fit in fits):
+            zero = np.zeros_like(fits[0].start)
+            corrections = [zero if fit.correction is None else fit.correction for fit in fits]
+            self.correction = put(np.stack(corrections))
         shifts = [0.0 if fit.logit_shift is None else fit.logit_shift for fit in fits]
         classes = max((s.size for s in shifts if isinstance(s, np.ndarray)), default=1)
         self.shift = put(np.stack([np.broadcast_to(np.float32(s), classes) for s in shifts]))

@@ -6,30 +6,38 @@ The round loop (`flows/federated_training.py`) calls them in this order:
     dispatch                      server    who trains what
     local_train                   clients   -> one `LocalResult` a shard
     aggregate                     server    -> new experts
-    gate_message, gate_update     clients, server (only methods with a gate)
+    gate_message, gate_update     clients, server (only with a gate or a coordination head)
+    personalize                   clients   (only methods that fine-tune)
     score, predict_*              wherever something is predicted
 
 Functions that take a `ClientSide` run in workers; all others on the server. The defaults here are
 those of a pool of experts without a gate; with one expert they are FedAvg.
+
+The coordination head is a switch of every method: clients send the sums F'F and F'Y of the experts'
+features, the server solves for a global classifier on them (`fedcoe.analytic`), and temperatures
+and the weight between it and the experts' own outputs are fitted on validation.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 from fedcoe import prediction
+from fedcoe.analytic import Statistics, design_matrix, message_bytes, projections
 from fedcoe.config import Settings
 from fedcoe.engine.clients import TRAIN, ClientData
 from fedcoe.engine.pool import ClientSide
-from fedcoe.engine.trainer import Fit, LocalWork, Trainer
+from fedcoe.engine.trainer import Fit, LocalWork, Phase, Trainer
 from fedcoe.exact_sum import ExactSum
 from fedcoe.methods.settings import MethodSettings
-from fedcoe.models import build_expert
+from fedcoe.models import Expert, build_expert
+from fedcoe.models.experts import Shape
 from fedcoe.models.flat import Vector, initial_vector
 from fedcoe.prediction import Log
 from fedcoe.state import ServerState
@@ -117,6 +125,8 @@ class LocalResult:
     sketches: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     """Client to a few numbers it reports, e.g. a sketch of its update."""
     dropped: Counter[str] = field(default_factory=Counter)
+    extra: dict[str, ExactSum] = field(default_factory=dict)
+    """Further sums that only some methods send."""
 
     @classmethod
     def zeros(cls, experts: int, parameters: int) -> "LocalResult":
@@ -141,6 +151,26 @@ class LocalResult:
         self.valid += other.valid
         self.personal += other.personal
         self.sketches |= other.sketches
+        self.dropped += other.dropped
+        for name, total in other.extra.items():
+            if name in self.extra:
+                self.extra[name].merge(total)
+            else:
+                self.extra[name] = total
+
+
+@dataclass
+class GateMessage:
+    """What one shard sends in a gate update."""
+
+    statistics: Statistics | None
+    """Sums for whatever is closed-form."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Clients left out, by reason."""
+
+    def merge(self, other: "GateMessage") -> None:
+        if self.statistics is not None and other.statistics is not None:
+            self.statistics.merge(other.statistics)
         self.dropped += other.dropped
 
 
@@ -175,17 +205,55 @@ class Method:
     """Whether there is a global model at all; without one only personalized figures mean much."""
     shares: ClassVar[tuple[float, ...]] = tuple(np.linspace(0.0, 1.0, 11))
     """Weights b_k of a client's personal expert that validation chooses among."""
+    personal_models: ClassVar[bool] = True
+    """Whether what a client keeps on disk is a model that it predicts with."""
+    keeps_trained: ClassVar[bool] = False
+    """Whether a client keeps its trained copy of an expert as its personal model."""
 
     def __init__(self, federation: Federation) -> None:
         self.federation = federation
         self.settings: Any = federation.settings.method
 
+    @staticmethod
+    def build(name: str, shape: Shape, classes: int, seed: int) -> Expert:
+        """Make a model of the architecture that clients train; the head's parameters come last."""
+        return build_expert(name, shape, classes, seed)
+
     # ---------------------------------------------------------------- server
 
     @property
     def experts(self) -> int:
-        """M."""
-        return 1
+        """M: the setting `experts`, where a method has it."""
+        return int(getattr(self.settings, "experts", 1))
+
+    @property
+    def finetune_epochs(self) -> int:
+        """Epochs of fine-tuning before an evaluation (`personalize`), where a method has it."""
+        return int(getattr(self.settings, "finetune_epochs", 0))
+
+    @property
+    def gate_every(self) -> int:
+        """Gate updates also between evaluations, each this many rounds; 0 = none."""
+        return int(getattr(self.settings, "gate_every", 0))
+
+    @property
+    def gate_before_aggregation(self) -> bool:
+        """Whether clients fit the gate to the experts as they were before the round."""
+        return bool(getattr(self.settings, "gate_before_aggregation", False))
+
+    @property
+    def gate_features(self) -> int:
+        """Features an expert's are projected to for what is closed-form; 0 = all are kept."""
+        return int(getattr(self.settings, "gate_features", 0))
+
+    def inert(self) -> list[str]:
+        """Settings that are on and change nothing with this method, one sentence each."""
+        return []
+
+    @property
+    def coordinates(self) -> bool:
+        """Whether there are gate updates: for a gate, a coordination head, or both."""
+        return self.has_gate or self.settings.coordination_head
 
     def init(self) -> ServerState:
         """Initial state: all experts start from the same weights, so their updates compare."""
@@ -208,7 +276,7 @@ class Method:
         seeds = [int(rng.integers(2**31)) for _ in range(count)]
         return np.stack(
             [
-                initial_vector(build_expert(f.settings.model.name, f.shape, f.classes, seed))
+                initial_vector(self.build(f.settings.model.name, f.shape, f.classes, seed))
                 for seed in seeds
             ]
         )
@@ -279,8 +347,15 @@ class Method:
         )
 
     def gate_update(self, state: ServerState, messages: Sequence[Any]) -> ServerState:
-        """Server half of the gate update; only called when `has_gate`."""
-        return state
+        """Server half of the gate update; only called when `coordinates`."""
+        total, *others = messages
+        for other in others:
+            total.merge(other)
+        dropped = {"gate_messages_dropped": float(sum(total.dropped.values()))}
+        if not total.statistics.count:
+            return replace(state, diagnostics=dropped)
+        head = total.statistics.solve(self.settings.ridge).astype(np.float32)
+        return replace(state.with_extra(head=head), diagnostics=dropped)
 
     # --------------------------------------------------------------- clients
 
@@ -326,8 +401,7 @@ class Method:
         if self.settings.balanced_softmax:
             counts = np.bincount(labels, minlength=self.federation.classes)
             logits = logits + np.log(prediction.prior_from_counts(counts)).astype(np.float32)
-        log_p = prediction.log_posterior(logits)
-        return np.asarray(-log_p[:, np.arange(len(labels)), labels].T)
+        return prediction.sample_losses(logits, labels)
 
     def local_train(
         self, side: ClientSide, state: ServerState, orders: Sequence[Order]
@@ -341,9 +415,10 @@ class Method:
             if not np.all(np.isfinite(trained.vector)):
                 result.dropped["not finite" if fit.name >= 0 else "personal not finite"] += 1
                 continue
-            if fit.name < 0:
+            if fit.name < 0 or self.keeps_trained:
                 side.personal.save(fit.client, state.round + 1, trained.vector)
                 result.personal.append(fit.client)
+            if fit.name < 0:
                 continue
             order = by_client[fit.client]
             weight = order.weights[order.experts.index(fit.name)]
@@ -366,9 +441,43 @@ class Method:
     ) -> None:
         """Hook: what else a client reports about an update."""
 
+    def personalize(
+        self, side: ClientSide, state: ServerState, clients: Sequence[int]
+    ) -> tuple[list[int], int]:
+        """Fine-tune the first expert on each client; what comes out is its personal model.
+
+        Only called when `finetune_epochs` is not 0. Like few-shot, at the peak learning rate.
+
+        Returns:
+            Clients whose model is finite and kept under `state.round`, and images trained on.
+        """
+        work = replace(self.work(1), round=state.round)
+        phases = (Phase(self.finetune_epochs),)
+        fits = (Fit(k, -1, self.finetune_start(state), phases=phases) for k in clients)
+        kept, images = [], 0
+        for fit, trained in side.trainer.fit(fits, work, side.data):
+            images += trained.images
+            if np.all(np.isfinite(trained.vector)):
+                side.personal.save(fit.client, state.round, trained.vector)
+                kept.append(fit.client)
+        return kept, images
+
+    def finetune_start(self, state: ServerState) -> Vector:
+        """[P] what fine-tuning starts from."""
+        return np.asarray(state.experts[0])
+
     def gate_message(self, side: ClientSide, state: ServerState, clients: Sequence[int]) -> Any:
-        """Clients' half of the gate update for one shard; only called when `has_gate`."""
-        return None
+        """Clients' half of the gate update for one shard; only called when `coordinates`."""
+        statistics = Statistics.zeros(self.design_width, self.federation.classes)
+        message = GateMessage(statistics)
+        for client in clients:
+            images, labels = side.data.train(client)
+            _, design = self.forward(side.trainer, state, images)
+            if np.all(np.isfinite(design)):
+                statistics.add(design, np.eye(self.federation.classes)[labels])
+            else:
+                message.dropped["not finite"] += 1
+        return message
 
     # ------------------------------------------------------------ prediction
 
@@ -377,11 +486,34 @@ class Method:
         """Images in a batch when nothing is trained."""
         return self.federation.settings.evaluate.batch_size
 
+    def forward(
+        self,
+        trainer: Trainer,
+        state: ServerState,
+        images: NDArray[np.uint8],
+        features: bool = True,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """[M, n, C] logits and [n, D] design matrix; without `features` D = 0."""
+        outputs = [trainer.outputs(v, images, self.batch_size, features) for v in state.experts]
+        logits = np.stack([logit for logit, _ in outputs])
+        hidden = [f for _, f in outputs if f is not None]
+        if not features:
+            return logits, np.zeros((len(images), 0))
+        seed = self.federation.settings.train.seed
+        projection = projections(self.experts, hidden[0].shape[1], self.gate_features, seed)
+        return logits, design_matrix(hidden, projection)
+
     def score(self, trainer: Trainer, state: ServerState, images: NDArray[np.uint8]) -> Scores:
         """Run every global model once over n images [n, H, W, C]."""
-        return Scores(
-            np.stack([trainer.outputs(v, images, self.batch_size)[0] for v in state.experts])
-        )
+        logits, design = self.forward(trainer, state, images, "head" in state.extra)
+        return Scores(logits, head=self.head_scores(state, design))
+
+    def head_scores(
+        self, state: ServerState, design: NDArray[np.float64]
+    ) -> NDArray[np.float32] | None:
+        """[n, C] of the coordination head, or None before the first gate update."""
+        head = state.extra.get("head") if self.settings.coordination_head else None
+        return None if head is None else np.asarray(design @ head, np.float32)
 
     def personal_logits(
         self, side: ClientSide, state: ServerState, client: int, images: NDArray[np.uint8]
@@ -397,16 +529,109 @@ class Method:
     def trained_prior(self) -> NDArray[np.float64]:
         """[C] label prior that the experts' outputs assume: uniform with balanced softmax."""
         if self.settings.balanced_softmax:
-            return np.full(self.federation.classes, 1.0 / self.federation.classes)
+            return self.uniform
         return self.federation.label_prior
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether temperatures and weights are fitted on validation."""
+        return bool(self.settings.coordination_head)
+
+    def grids(self) -> dict[str, tuple[float, tuple[float, ...]]]:
+        """What is calibrated: start value and the values tried."""
+        return {
+            "head": (0.5, (0.0, 0.25, 0.5, 0.75, 1.0)),
+            "head_sharpness": (8.0, (3.0, 5.0, 8.0, 12.0, 18.0, 27.0)),
+            "experts": (1.0, (0.25, 0.4, 0.6, 0.8, 1.0, 1.25)),
+        }
+
+    def calibration(self, state: ServerState, scope: str) -> Mapping[str, float]:
+        return {
+            name: state.calibration.get(f"{scope}.{name}", start)
+            for name, (start, _) in self.grids().items()
+        }
 
     def calibrate(
         self,
         state: ServerState,
         validation: Mapping[int, tuple[Scores, NDArray[np.int64]]],
     ) -> ServerState:
-        """Fit temperatures and weights on the seen clients' validation splits, by client."""
-        return state
+        """Fit temperatures and weights by coordinate search on the validation likelihood.
+
+        Federated form: for each candidate a client sends one number, its summed loss. Twice:
+        `global` predicts without, `client` with the client's label prior and correlation.
+
+        Args:
+            validation: seen clients' outputs and labels on their validation splits, by client.
+        """
+        if not self.calibrated:
+            return state
+        f = self.federation
+
+        def loss(scope: str) -> Callable[[Mapping[str, float]], float]:
+            def total(candidate: Mapping[str, float]) -> float:
+                nll = 0.0
+                for client, (scores, labels) in validation.items():
+                    if scope == "client":
+                        prior = prediction.prior_from_counts(f.label_counts[client])
+                        log_p = self.pooled(candidate, scores, state.correlation[client])
+                        log_p = self.for_prior(log_p, prior)
+                    else:
+                        # Validation has the seen clients' label mix, the prediction none.
+                        log_p = self.pooled(candidate, scores)
+                        log_p = prediction.reweight(log_p, f.label_prior, self.uniform)
+                    nll -= float(log_p[np.arange(len(labels)), labels].sum())
+                return nll
+
+            return total
+
+        fitted: dict[str, float] = {}
+        for scope in ("global", "client"):
+            grids = {name: values for name, (_, values) in self.grids().items()}
+            if scope == "global":
+                grids.pop("correlation", None)
+            # Not from the last fit: calibrating twice must change nothing.
+            start = {name: value for name, (value, _) in self.grids().items()}
+            best = prediction.coordinate_search(loss(scope), start, grids)
+            fitted |= {f"{scope}.{name}": value for name, value in best.items()}
+        return replace(state, calibration=fitted)
+
+    @property
+    def uniform(self) -> NDArray[np.float64]:
+        """[C] the uniform label prior."""
+        return np.full(self.federation.classes, 1.0 / self.federation.classes)
+
+    def pooled(
+        self,
+        calibration: Mapping[str, float],
+        scores: Scores,
+        correlation: NDArray[np.float64] | None = None,
+    ) -> Log:
+        """[n, C] log probabilities under a uniform label prior.
+
+        Mixture of experts by the gate and the client's correlation, where there are any, pooled
+        with the coordination head.
+        """
+        experts = prediction.log_posterior(scores.experts, calibration["experts"])
+        experts = prediction.reweight(experts, self.uniform, self.trained_prior)
+        weights = np.zeros(self.experts)
+        if correlation is not None:
+            log_c = np.log(np.maximum(correlation, 1e-300))
+            weights = weights + calibration.get("correlation", 1.0) * log_c
+        if scores.gate is not None:
+            weights = weights + calibration["gate"] * scores.gate
+        log_p = prediction.mixture(experts, log_softmax(weights, axis=-1))
+        if scores.head is None:
+            return log_p
+        head = prediction.log_posterior(scores.head, calibration["head_sharpness"])
+        head = prediction.reweight(head, self.uniform, self.federation.label_prior)
+        return prediction.interpolate(log_p, head, calibration["head"])
+
+    def for_prior(self, log_p: Log, prior: NDArray[np.float64] | None) -> Log:
+        """What `pooled` gives, reweighted to a client's label prior [C] where that is on."""
+        if prior is None or not self.settings.reweighting:
+            return log_p
+        return prediction.reweight(log_p, prior, self.uniform)
 
     def log_gate(self, state: ServerState, scores: Scores) -> Log:
         """[n, M] log g(x): uniform without a gate."""
@@ -415,6 +640,8 @@ class Method:
 
     def predict_global(self, state: ServerState, scores: Scores) -> Log:
         """[n, C] log probabilities, knowing nothing about the client."""
+        if self.calibrated:
+            return self.pooled(self.calibration(state, "global"), scores)
         return self.mixture(scores, np.full(self.experts, 1.0 / self.experts))
 
     def mixture(self, scores: Scores, weights: NDArray[np.float64]) -> Log:
@@ -430,6 +657,9 @@ class Method:
         correlation: NDArray[np.float64] | None,
     ) -> Log:
         """Experts weighted by a client's correlation [M], reweighted to its label prior [C]."""
+        if self.calibrated:
+            calibration = self.calibration(state, "client")
+            return self.for_prior(self.pooled(calibration, scores, correlation), prior)
         if correlation is None:
             log_p = self.predict_global(state, scores)
         else:
@@ -463,9 +693,8 @@ class Method:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Label prior [C] by EM and correlation [M] of a new client, without labels."""
         correlation = self.correlation_unlabelled(state, inputs)
-        uniform = np.full(self.federation.classes, 1.0 / self.federation.classes)
         if not self.settings.reweighting:
-            return uniform, correlation
+            return self.uniform, correlation
         log_p = self.predict_with(state, inputs, self.trained_prior, correlation)
         steps = self.federation.settings.cold_start.em_steps
         estimate = prediction.prior_by_em(log_p, self.trained_prior, steps)
@@ -490,7 +719,22 @@ class Method:
 
     def gate_bytes(self, state: ServerState, clients: int) -> tuple[int, int]:
         """Bytes (up, down) of one gate update with this many clients."""
-        return 0, 0
+        size = 4 * state.experts.size
+        return clients * message_bytes(self.design_width, self.federation.classes), clients * size
+
+    @property
+    def design_width(self) -> int:
+        """Columns of the design matrix."""
+        f = self.federation
+        width = self.build(f.settings.model.name, f.shape, f.classes, 0).head.in_features
+        return min(self.gate_features or width, width) * self.experts + 1
+
+
+def head_size(method: Method) -> int:
+    """Parameters of an expert's head."""
+    f = method.federation
+    head = method.build(f.settings.model.name, f.shape, f.classes, 0).head
+    return sum(p.numel() for p in head.parameters())
 
 
 def add_at(result: LocalResult, expert: int, delta: Vector, weight: float) -> bool:
@@ -528,6 +772,9 @@ def merged(results: Sequence[LocalResult]) -> LocalResult:
         personal=list(first.personal),
         sketches=dict(first.sketches),
         dropped=Counter(first.dropped),
+        extra={
+            name: ExactSum(total.total.copy(), total.bits) for name, total in first.extra.items()
+        },
     )
     for other in others:
         total.merge(other)

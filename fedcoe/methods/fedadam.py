@@ -43,7 +43,7 @@ class FedAdam(Method):
 
     def init(self) -> ServerState:
         state = super().init()
-        return state.with_extra(second_moment=np.full_like(state.experts, self._tau**2))
+        return state.with_extra(server_second_moment=np.full_like(state.experts, self._tau**2))
 
     @property
     def _tau(self) -> float:
@@ -55,7 +55,8 @@ class FedAdam(Method):
             return state
         s = self.settings
         m = s.server_momentum * state.momentum + (1 - s.server_momentum) * update
-        v = s.second_momentum * state.extra["second_moment"] + (1 - s.second_momentum) * update**2
+        v = state.extra["server_second_moment"]
+        v = s.second_momentum * v + (1 - s.second_momentum) * update**2
         experts = state.experts + s.server_lr * m / (np.sqrt(v) + self._tau)
         after = replace(state, experts=experts.astype(np.float32), momentum=m.astype(np.float32))
-        return after.with_extra(second_moment=v.astype(np.float32))
+        return after.with_extra(server_second_moment=v.astype(np.float32))

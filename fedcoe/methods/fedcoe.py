@@ -17,8 +17,7 @@ F'Y (analytic) or the gate's parameters (neural), and M mean losses. Label count
 `similarity` is not `labels` and neither `balanced_softmax` nor `reweighting` is on.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -28,13 +27,12 @@ from pydantic import Field, model_validator
 from scipy.special import log_softmax
 
 from fedcoe import correlation, neural_gate, prediction
-from fedcoe.analytic import Statistics, design_matrix, message_bytes, projections, ridge
+from fedcoe.analytic import Statistics, message_bytes, ridge
 from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit, Trainer
 from fedcoe.exact_sum import ExactSum
-from fedcoe.methods.base import LocalResult, Method, Order, Scores
+from fedcoe.methods.base import GateMessage, LocalResult, Method, Order, Scores
 from fedcoe.methods.settings import MethodSettings
-from fedcoe.models import build_expert
 from fedcoe.models.flat import Vector
 from fedcoe.prediction import Log
 from fedcoe.state import ServerState
@@ -63,7 +61,20 @@ class FedCoESettings(MethodSettings):
     responsibility: Literal["none", "posterior"] = Field(
         "posterior", description="Samples' weights for a client's K experts (K = 1: all ones)"
     )
-    gate: Literal["analytic", "neural"] = "analytic"
+    dispatch: Literal["equal_capacity", "top_k", "random", "label_clusters"] = Field(
+        "equal_capacity",
+        description="Who trains what; others than equal_capacity are for ablation: the K most "
+        "correlated experts, random ones, or fixed clusters of label mixes",
+    )
+    aggregation: Literal["correlation", "uniform"] = Field(
+        "correlation", description="Whether correlation weighs updates, beside sample counts"
+    )
+    gate: Literal["analytic", "neural", "frozen_random", "uniform"] = Field(
+        "analytic", description="frozen_random and uniform are for ablation"
+    )
+    gate_before_aggregation: bool = Field(
+        False, description="For ablation: fit the gate to the experts as they were before the round"
+    )
     gate_every: int = Field(
         0, ge=0, description="Also update the gate each this many rounds; 0 = when evaluating"
     )
@@ -71,11 +82,10 @@ class FedCoESettings(MethodSettings):
     gate_features: int = Field(
         0, ge=0, description="Project each expert's features to this many; 0 = keep all"
     )
-    ridge: float = Field(1e-3, gt=0.0, le=100.0)
     gate_epochs: int = Field(1, ge=1, le=100, description="Local epochs of the neural gate")
     gate_lr: float = Field(0.1, gt=0.0, le=10.0)
     load_balance: float = Field(0.1, ge=0.0, le=100.0, description="Neural gate's balance term")
-    coordination_head: bool = Field(True, description="Global classifier on all features")
+    coordination_head: bool = True
     personal_expert: bool = True
     personal_pull: float = Field(
         0.0, ge=0.0, le=100.0, description="Proximal pull to the client's mixture of experts"
@@ -87,7 +97,7 @@ class FedCoESettings(MethodSettings):
             raise ValueError(
                 f"experts_per_client = {self.experts_per_client}: at most experts = {self.experts}"
             )
-        if self.coordination_head and self.gate != "analytic":
+        if self.coordination_head and self.gate == "neural":
             raise ValueError(
                 "coordination_head needs gate: analytic (it shares its statistics); "
                 "set coordination_head: false"
@@ -96,29 +106,25 @@ class FedCoESettings(MethodSettings):
 
 
 @dataclass
-class GateMessage:
-    """What one shard sends in a gate update."""
+class FedCoEMessage(GateMessage):
+    """What one shard sends in a gate update. M + C targets in the statistics, or M."""
 
-    statistics: Statistics | None
-    parameters: ExactSum
+    parameters: ExactSum = field(default_factory=lambda: ExactSum.zeros(0))
     """Neural gate: sum of n_k * phi_k."""
     samples: int = 0
     losses: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     """Client to [M] mean loss under each expert."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Clients left out, by reason."""
     shared: ExactSum = field(default_factory=lambda: ExactSum.zeros((SHARED_INPUTS, 1)))
     """[inputs, M] sum of clients' own gates on shared inputs, for the inconsistency."""
     entropies: dict[int, float] = field(default_factory=dict)
     """Client to the mean entropy of its own gate on the shared inputs."""
 
-    def merge(self, other: "GateMessage") -> None:
-        if self.statistics is not None and other.statistics is not None:
-            self.statistics.merge(other.statistics)
+    def merge(self, other: GateMessage) -> None:
+        super().merge(other)
+        assert isinstance(other, FedCoEMessage)
         self.parameters.merge(other.parameters)
         self.samples += other.samples
         self.losses |= other.losses
-        self.dropped += other.dropped
         self.shared.merge(other.shared)
         self.entropies |= other.entropies
 
@@ -128,9 +134,10 @@ class FedCoE(Method):
     has_gate = True
     settings: FedCoESettings
 
-    @property
-    def experts(self) -> int:
-        return self.settings.experts
+    def inert(self) -> list[str]:
+        if self.experts > 1:
+            return []
+        return ["experts = 1: the gate, the correlation and dispatch decide nothing"]
 
     # ---------------------------------------------------------------- server
 
@@ -156,9 +163,18 @@ class FedCoE(Method):
 
     def dispatch(self, state: ServerState, cohort: Sequence[int]) -> list[Order]:
         rng = stream(self._seed, "dispatch", state.round + 1)
-        chosen = correlation.dispatch(
-            state.correlation[list(cohort)], self.settings.experts_per_client, rng
-        )
+        c, each = state.correlation[list(cohort)], self.settings.experts_per_client
+        if self.settings.dispatch == "label_clusters":
+            # From label counts alone, whatever the experts have learned since.
+            c = self._similar(correlation.hellinger(self.federation.label_counts))[list(cohort)]
+        if self.settings.dispatch == "random":
+            c = rng.random(c.shape)
+        if self.settings.dispatch == "equal_capacity":
+            chosen = correlation.dispatch(c, each, rng)
+        else:
+            chosen = np.sort(np.argsort(-c, axis=1, kind="stable")[:, :each], axis=1)
+        if self.settings.aggregation == "uniform":
+            state = replace(state, correlation=np.full_like(state.correlation, 1 / self.experts))
         return self.orders(state, cohort, chosen)
 
     def aggregate(
@@ -173,7 +189,7 @@ class FedCoE(Method):
             after = replace(after, correlation=c)
         return after
 
-    def gate_update(self, state: ServerState, messages: Sequence[GateMessage]) -> ServerState:
+    def gate_update(self, state: ServerState, messages: Sequence[FedCoEMessage]) -> ServerState:
         s = self.settings
         total, *others = messages
         for other in others:
@@ -183,12 +199,17 @@ class FedCoE(Method):
             return replace(state, diagnostics={"gate_messages_dropped": dropped})
         if total.statistics is not None:
             weights = total.statistics.solve(s.ridge).astype(np.float32)
-            state = state.with_extra(gate=weights[:, : self.experts])
+            gate, head = weights[:, : self.experts], weights[:, self.experts :]
+            if s.gate == "frozen_random":
+                drawn = stream(self._seed, "gate init").standard_normal(gate.shape)
+                gate = drawn.astype(np.float32)
+            if s.gate != "uniform":
+                state = state.with_extra(gate=gate)
             if s.coordination_head:
-                state = state.with_extra(head=weights[:, self.experts :])
+                state = state.with_extra(head=head)
         else:
-            gate = total.parameters.value() / total.samples
-            state = state.with_extra(gate=gate.astype(np.float32))
+            mean = total.parameters.value() / total.samples
+            state = state.with_extra(gate=mean.astype(np.float32))
         clients = sorted(total.losses)
         losses = np.stack([total.losses[k] for k in clients])
         c = state.correlation.copy()
@@ -197,8 +218,8 @@ class FedCoE(Method):
             + (1 - s.correlation_momentum) * correlation.from_losses(losses, s.loss_sharpness),
             s.correlation_floor,
         )
-        mean = total.shared.value() / len(clients)
-        inconsistency = _entropy(mean) - sum(total.entropies[k] for k in clients) / len(clients)
+        shared = total.shared.value() / len(clients)
+        inconsistency = _entropy(shared) - sum(total.entropies[k] for k in clients) / len(clients)
         diagnostics = {"gating_inconsistency": inconsistency, "gate_messages_dropped": dropped}
         return replace(state, correlation=c, diagnostics=diagnostics)
 
@@ -230,7 +251,7 @@ class FedCoE(Method):
         )
         logits = np.stack([logits for logits, _ in outputs])
         log_c = np.log(state.correlation[order.client, list(order.experts)])
-        scaled = log_c - sample_losses(logits, labels) / self.settings.gate_temperature
+        scaled = log_c - prediction.sample_losses(logits, labels) / self.settings.gate_temperature
         return np.asarray(np.exp(log_softmax(scaled, axis=1)), np.float32)
 
     def note(
@@ -250,21 +271,20 @@ class FedCoE(Method):
 
     def gate_message(
         self, side: ClientSide, state: ServerState, clients: Sequence[int]
-    ) -> GateMessage:
+    ) -> FedCoEMessage:
         s, trainer = self.settings, side.trainer
         shared = side.data.dataset.x_test[:SHARED_INPUTS]
-        shared_design = self._forward(trainer, state, shared)[1]
-        message = GateMessage(None, ExactSum.zeros(0))
-        message.shared = ExactSum.zeros((len(shared), self.experts))
-        if s.gate == "analytic":
+        shared_design = self.forward(trainer, state, shared, self._analytic)[1]
+        message = FedCoEMessage(None, shared=ExactSum.zeros((len(shared), self.experts)))
+        if self._analytic:
             message.statistics = Statistics.zeros(shared_design.shape[1], self._targets)
         else:
             # Weighted by n_k: a coarser grid, for larger sums.
             message.parameters = ExactSum.zeros(state.extra["gate"].shape, bits=30)
         for client in clients:
             images, labels = side.data.train(client)
-            logits, design = self._forward(trainer, state, images)
-            losses = sample_losses(logits, labels)
+            logits, design = self.forward(trainer, state, images, self._analytic)
+            losses = prediction.sample_losses(logits, labels)
             q = np.exp(log_softmax(-losses / s.gate_temperature, axis=1))
             if not np.all(np.isfinite(losses)) or not np.all(np.isfinite(design)):
                 message.dropped["not finite"] += 1
@@ -304,23 +324,14 @@ class FedCoE(Method):
         return message
 
     @property
+    def _analytic(self) -> bool:
+        """Whether clients send statistics of features rather than a trained gate."""
+        return self.settings.gate != "neural"
+
+    @property
     def _targets(self) -> int:
         """Columns of F'[Q | Y]; Y only where there is a coordination head."""
         return self.experts + self.federation.classes * self.settings.coordination_head
-
-    def _forward(
-        self, trainer: Trainer, state: ServerState, images: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """[M, n, C] logits and [n, D] design matrix; without an analytic gate D = 0."""
-        analytic = self.settings.gate == "analytic"
-        outputs = [trainer.outputs(v, images, self.batch_size, analytic) for v in state.experts]
-        logits = np.stack([logit for logit, _ in outputs])
-        features = [f for _, f in outputs if f is not None]
-        if not analytic:
-            return logits, np.zeros((len(images), 0))
-        width = features[0].shape[1]
-        projection = projections(self.experts, width, self.settings.gate_features, self._seed)
-        return logits, design_matrix(features, projection)
 
     def _gate(
         self,
@@ -332,7 +343,7 @@ class FedCoE(Method):
         """[n, M] gate scores, or None before the first gate update."""
         if "gate" not in state.extra:
             return None
-        if self.settings.gate == "analytic":
+        if self._analytic:
             return np.asarray(design @ state.extra["gate"], np.float32)
         gate = state.extra["gate"]
         return neural_gate.scores(trainer, gate, self.experts, images, self.batch_size)
@@ -340,11 +351,9 @@ class FedCoE(Method):
     # ------------------------------------------------------------ prediction
 
     def score(self, trainer: Trainer, state: ServerState, images: NDArray[np.uint8]) -> Scores:
-        logits, design = self._forward(trainer, state, images)
-        head = None
-        if self.settings.coordination_head and "head" in state.extra:
-            head = np.asarray(design @ state.extra["head"], np.float32)
-        return Scores(logits, self._gate(trainer, state, images, design), head)
+        logits, design = self.forward(trainer, state, images, self._analytic)
+        gate, head = self._gate(trainer, state, images, design), self.head_scores(state, design)
+        return Scores(logits, gate, head)
 
     def log_gate(self, state: ServerState, scores: Scores) -> Log:
         if scores.gate is None:
@@ -356,119 +365,22 @@ class FedCoE(Method):
     @property
     def _sharpness(self) -> float:
         """Of the gate before calibration."""
-        return 10.0 if self.settings.gate == "analytic" else 1.0
+        return 10.0 if self._analytic else 1.0
 
     def _mean_gate(self, state: ServerState, scores: Scores) -> NDArray[np.float64]:
         """[M] mean of the gate over a client's inputs."""
         return np.asarray(np.exp(self.log_gate(state, scores)).mean(axis=0))
 
-    def _balanced(
-        self,
-        calibration: Mapping[str, float],
-        scores: Scores,
-        correlation: NDArray[np.float64] | None = None,
-    ) -> Log:
-        """[n, C] log probabilities under a uniform label prior.
+    @property
+    def calibrated(self) -> bool:
+        return True
 
-        Mixture of experts by the gate (and the client's correlation), pooled with the head.
-        """
-        uniform = np.full(self.federation.classes, 1.0 / self.federation.classes)
-        experts = prediction.log_posterior(scores.experts, calibration["experts"])
-        experts = prediction.reweight(experts, uniform, self.trained_prior)
-        weights = np.zeros(self.experts)
-        if correlation is not None:
-            weights = weights + calibration["correlation"] * np.log(correlation)
-        if scores.gate is not None:
-            weights = weights + calibration["gate"] * scores.gate
-        log_p = prediction.mixture(experts, log_softmax(weights, axis=-1))
-        if scores.head is None:
-            return log_p
-        head = prediction.log_posterior(scores.head, calibration["head_sharpness"])
-        head = prediction.reweight(head, uniform, self.federation.label_prior)
-        return prediction.interpolate(log_p, head, calibration["head"])
-
-    def _calibration(self, state: ServerState, scope: str) -> Mapping[str, float]:
-        return {
-            name: state.calibration.get(f"{scope}.{name}", start)
-            for name, (start, _) in self._grids().items()
-        }
-
-    def _grids(self) -> dict[str, tuple[float, tuple[float, ...]]]:
-        """What is calibrated: start value and the values tried."""
-        sharp = (0.0, 1.0, 3.0, 10.0, 30.0) if self.settings.gate == "analytic" else (0.0, 1.0, 2.0)
-        return {
-            "head": (0.5, (0.0, 0.25, 0.5, 0.75, 1.0)),
-            "head_sharpness": (8.0, (3.0, 5.0, 8.0, 12.0, 18.0, 27.0)),
+    def grids(self) -> dict[str, tuple[float, tuple[float, ...]]]:
+        sharp = (0.0, 1.0, 3.0, 10.0, 30.0) if self._analytic else (0.0, 1.0, 2.0)
+        return super().grids() | {
             "gate": (sharp[-2], sharp),
-            "experts": (1.0, (0.25, 0.4, 0.6, 0.8, 1.0, 1.25)),
             "correlation": (1.0, (0.0, 0.5, 1.0, 2.0)),
         }
-
-    def calibrate(
-        self,
-        state: ServerState,
-        validation: Mapping[int, tuple[Scores, NDArray[np.int64]]],
-    ) -> ServerState:
-        """Fit temperatures and weights by coordinate search on the validation likelihood.
-
-        Federated form: for each candidate a client sends one number, its summed loss. Twice:
-        `global` predicts without, `client` with the client's label prior and correlation.
-        """
-        f = self.federation
-        uniform = np.full(f.classes, 1.0 / f.classes)
-
-        def loss(scope: str) -> Callable[[Mapping[str, float]], float]:
-            def total(candidate: Mapping[str, float]) -> float:
-                nll = 0.0
-                for client, (scores, labels) in validation.items():
-                    if scope == "client":
-                        prior = prediction.prior_from_counts(f.label_counts[client])
-                        c = state.correlation[client]
-                        log_p = self._reweighted(candidate, scores, prior, c)
-                    else:
-                        # Validation has the seen clients' label mix, the prediction none.
-                        log_p = self._balanced(candidate, scores)
-                        log_p = prediction.reweight(log_p, f.label_prior, uniform)
-                    nll -= float(log_p[np.arange(len(labels)), labels].sum())
-                return nll
-
-            return total
-
-        fitted: dict[str, float] = {}
-        for scope in ("global", "client"):
-            grids = {name: values for name, (_, values) in self._grids().items()}
-            if scope == "global":
-                grids["correlation"] = (1.0,)
-            # Not from the last fit: calibrating twice must change nothing.
-            start = {name: value for name, (value, _) in self._grids().items()}
-            best = prediction.coordinate_search(loss(scope), start, grids)
-            fitted |= {f"{scope}.{name}": value for name, value in best.items()}
-        return replace(state, calibration=fitted)
-
-    def predict_global(self, state: ServerState, scores: Scores) -> Log:
-        return self._balanced(self._calibration(state, "global"), scores)
-
-    def predict_with(
-        self,
-        state: ServerState,
-        scores: Scores,
-        prior: NDArray[np.float64] | None,
-        correlation: NDArray[np.float64] | None,
-    ) -> Log:
-        return self._reweighted(self._calibration(state, "client"), scores, prior, correlation)
-
-    def _reweighted(
-        self,
-        calibration: Mapping[str, float],
-        scores: Scores,
-        prior: NDArray[np.float64] | None,
-        correlation: NDArray[np.float64] | None,
-    ) -> Log:
-        log_p = self._balanced(calibration, scores, correlation)
-        if prior is None or not self.settings.reweighting:
-            return log_p
-        uniform = np.full(self.federation.classes, 1.0 / self.federation.classes)
-        return prediction.reweight(log_p, prior, uniform)
 
     def correlation_unlabelled(self, state: ServerState, inputs: Scores) -> NDArray[np.float64]:
         mean = self._mean_gate(state, inputs)[None]
@@ -477,7 +389,7 @@ class FedCoE(Method):
     def correlation_labelled(
         self, state: ServerState, inputs: Scores, labels: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        losses = sample_losses(inputs.experts, labels).mean(axis=0)
+        losses = prediction.sample_losses(inputs.experts, labels).mean(axis=0)
         c = correlation.from_losses(losses[None], self.settings.loss_sharpness)
         return np.asarray(correlation.normalise(c, self.settings.correlation_floor)[0])
 
@@ -488,17 +400,8 @@ class FedCoE(Method):
         if self.settings.gate == "neural":
             up = 4 * (state.extra["gate"].size + experts)
         else:
-            f = self.federation
-            width = build_expert(f.settings.model.name, f.shape, f.classes, 0).head.in_features
-            kept = min(self.settings.gate_features or width, width) * experts + 1
-            up = message_bytes(kept, self._targets) + 4 * experts
+            up = message_bytes(self.design_width, self._targets) + 4 * experts
         return clients * up, clients * 4 * experts * parameters
-
-
-def sample_losses(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[M, n, C] logits and [n] labels to [n, M] cross-entropies."""
-    log_p = prediction.log_posterior(logits)
-    return np.asarray(-log_p[:, np.arange(len(labels)), labels].T)
 
 
 def _entropy(p: NDArray[np.float64]) -> float:

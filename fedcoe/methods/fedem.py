@@ -46,9 +46,8 @@ class FedEM(Method):
     Settings = FedEMSettings
     settings: FedEMSettings
 
-    @property
-    def experts(self) -> int:
-        return self.settings.experts
+    def inert(self) -> list[str]:
+        return ["experts = 1: this is FedAvg"] if self.experts == 1 else []
 
     def init(self) -> ServerState:
         return replace(super().init(), experts=self.initial_experts(self.experts))

@@ -39,9 +39,8 @@ class IFCA(Method):
     Settings = IFCASettings
     settings: IFCASettings
 
-    @property
-    def experts(self) -> int:
-        return self.settings.experts
+    def inert(self) -> list[str]:
+        return ["experts = 1: this is FedAvg"] if self.experts == 1 else []
 
     def init(self) -> ServerState:
         return replace(super().init(), experts=self.initial_experts(self.experts))
@@ -85,7 +84,8 @@ class IFCA(Method):
             for client, (scores, labels) in validation.items()
             if len(labels)
         }
-        return replace(state, correlation=self._one_hot(state, picks))
+        state = replace(state, correlation=self._one_hot(state, picks))
+        return super().calibrate(state, validation)
 
     def _one_hot(self, state: ServerState, picks: Mapping[int, int]) -> NDArray[np.float64]:
         """[S, M] with the rows of these clients replaced."""

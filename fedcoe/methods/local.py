@@ -6,7 +6,7 @@ The rival that every personalized method must beat (win rate, design.md section 
         local train     v_k from where the client left it; from the common start in its first round
 
 Own models are trained on plain cross-entropy, as personal experts are in all methods: the switch
-`balanced_softmax` is inert, and so are those of the server's step.
+`balanced_softmax` is inert, and so are those of the server's step and the coordination head.
 
 Communicated: nothing. There is no global model, so the global prediction, and with it every mode
 of cold start, is the uniform distribution: its accuracy is that of always naming the first class,
@@ -62,6 +62,22 @@ class Local(Method):
     def score(self, trainer: Trainer, state: ServerState, images: NDArray[np.uint8]) -> Scores:
         """Nothing is run: equal logits are the uniform prediction."""
         return Scores(np.zeros((1, len(images), self.federation.classes), np.float32))
+
+    def inert(self) -> list[str]:
+        on = [
+            name
+            for name in ("balanced_softmax", "server_momentum", "coordination_head")
+            if getattr(self.settings, name)
+        ]
+        return [f"{name}: Local shares no model that it could change" for name in on]
+
+    @property
+    def coordinates(self) -> bool:
+        return False
+
+    @property
+    def calibrated(self) -> bool:
+        return False
 
     @property
     def trained_prior(self) -> NDArray[np.float64]:

@@ -32,6 +32,14 @@ class MethodSettings(BaseModel):
     reweighting: bool = Field(
         False, description="Reweight predictions for a client by its label prior"
     )
+    coordination_head: bool = Field(
+        False,
+        description="Closed-form global classifier on all experts' features (Fed3R, ICML 2024), "
+        "pooled with their own outputs",
+    )
+    ridge: float = Field(
+        1e-3, gt=0.0, le=100.0, description="Regularisation of what is solved in closed form"
+    )
 
 
 def method_names() -> list[str]:

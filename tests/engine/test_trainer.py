@@ -231,13 +231,13 @@ BATCH = torch.from_numpy(np.random.default_rng(3).integers(1, 256, (64, 16, 24, 
 def drawn(kind, **changes):
     """All moves of one client's 300 images of height 16."""
     work = replace(WORK, augment=kind, batch_size=64, **changes)
-    [epoch] = batches(work, 3, 300, 16)
+    [epoch] = batches(work, work.epochs, 3, 300, 16)
     return np.concatenate([batch.moves for batch in epoch])
 
 
 def test_an_epoch_shows_every_sample_once_in_another_order():
     work = replace(WORK, epochs=3, batch_size=16)
-    epochs = list(batches(work, 3, 40, 8))
+    epochs = list(batches(work, work.epochs, 3, 40, 8))
     orders = [np.concatenate([batch.rows for batch in epoch]) for epoch in epochs]
     assert [[len(b.rows) for b in epoch] for epoch in epochs] == [[16, 16, 8]] * 3
     assert all(sorted(order) == list(range(40)) for order in orders)
@@ -246,7 +246,7 @@ def test_an_epoch_shows_every_sample_once_in_another_order():
 
 
 def test_a_client_smaller_than_a_batch_has_one_batch():
-    [[batch]] = batches(WORK, 3, 5, 8)
+    [[batch]] = batches(WORK, WORK.epochs, 3, 5, 8)
     assert len(batch.rows) == 5
     assert batch.moves is None
 

@@ -35,6 +35,7 @@ def two_rounds(world, train, tmp_path: Path) -> Iterator[Callable[..., Outcome]]
                 tmp_path / f"own-{len(made)}",
                 "gn_cnn",
                 vectorized=vectorized,
+                build=method.build,
             )
             made.append(stack.enter_context(Engine(site, 1)))
             engine = made[-1]

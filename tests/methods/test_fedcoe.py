@@ -7,7 +7,7 @@ from scipy.special import softmax
 from fedcoe import correlation, neural_gate
 from fedcoe.analytic import design_matrix, message_bytes, projections
 from fedcoe.methods.base import Order, Scores
-from fedcoe.methods.fedcoe import sample_losses
+from fedcoe.prediction import sample_losses
 from fedcoe.rounds import plan_round, train_round, update_gate
 from fedcoe.streams import stream
 
