@@ -68,7 +68,7 @@ def ground(
             settings.runtime.precision,
             vectorized=vectorized,
             devices=devices,
-        build=method.build,
+            build=method.build,
         )
         with Engine(site, settings.runtime.workers) as engine:
             yield Ground(settings, clients, method, engine)

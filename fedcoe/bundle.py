@@ -17,6 +17,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from fedcoe.cold_start import (
+    MODES,
+    Mode,
+    predict_labels,
+    predict_none,
+    predict_unlabelled,
+)
 from fedcoe.config import validate_settings
 from fedcoe.engine.trainer import Trainer
 from fedcoe.errors import FedCoEError
@@ -113,30 +120,73 @@ class Bundle:
     def predict(
         self,
         images: NDArray[np.uint8],
-        mode: Literal["none", "unlabelled", "labels"] = "none",
+        mode: Mode = "none",
         label_counts: NDArray[np.int64] | None = None,
         inputs: NDArray[np.uint8] | None = None,
+        labels: NDArray[np.int64] | None = None,
     ) -> Log:
         """[n, C] log probabilities for a client that never took part.
 
         Args:
             images: uint8 [n, H, W, C] to predict.
-            mode: `none` knows nothing; `unlabelled` reads the client's `inputs` (default: the
-                images themselves); `labels` takes its `label_counts` [C].
+            mode: `none` knows nothing; `unlabelled` reads the client's `inputs`; `labels` reads
+                `inputs` and their `labels`, or, where counts are all there is, `label_counts`:
+                then what the experts are worth to the client is taken from `inputs` alone.
+            label_counts: [C].
+            inputs: uint8 [i, H, W, C] to read; default: the images themselves.
+            labels: [i] classes of the inputs.
+
+        Raises:
+            FedCoEError: arguments that do not fit the model or the mode.
+        """
+        if mode not in MODES:
+            raise FedCoEError(f"mode {mode!r}: there are {', '.join(MODES)}")
+        self.check_whole()
+        scores = self.score(images)
+        if mode == "none":
+            return predict_none(self.method, self.state, scores)
+        given = scores if inputs is None else self.score(inputs)
+        if mode == "unlabelled":
+            return predict_unlabelled(self.method, self.state, scores, given)
+        classes = self.method.federation.classes
+        if labels is not None:
+            count = given.experts.shape[1]
+            checked = check_labels(labels, count, classes)
+            return predict_labels(self.method, self.state, scores, given, checked)
+        if label_counts is None or label_counts.shape != (classes,) or label_counts.min() < 0:
+            raise FedCoEError(
+                f"mode labels needs inputs with labels, or label_counts: {classes} numbers >= 0"
+            )
+        _, correlation = self.method.join_unlabelled(self.state, given)
+        prior = prior_from_counts(label_counts)
+        return self.method.predict_with(self.state, scores, prior, correlation)
+
+    def check_whole(self) -> None:
+        """Refuse to predict for a client with a part of a model.
+
+        Raises:
+            FedCoEError: one expert was loaded alone, or there is no global model.
         """
         if len(self.state.experts) < self.method.experts:
             raise FedCoEError("this bundle holds one expert alone; load it whole to predict")
-        scores = self.score(images)
-        if mode == "none":
-            return self.method.predict_global(self.state, scores)
-        given = scores if inputs is None else self.score(inputs)
-        prior, correlation = self.method.join_unlabelled(self.state, given)
-        if mode == "labels":
-            classes = self.method.federation.classes
-            if label_counts is None or label_counts.shape != (classes,) or label_counts.min() < 0:
-                raise FedCoEError(f"mode labels needs label_counts: {classes} numbers >= 0")
-            prior = prior_from_counts(label_counts)
-        return self.method.predict_with(self.state, scores, prior, correlation)
+        if not self.method.has_global:
+            name = self.method.federation.settings.method.name
+            raise FedCoEError(f"{name} trains no global model, so it has none for new clients")
+
+
+def check_labels(labels: NDArray[Any], count: int, classes: int) -> NDArray[np.int64]:
+    """[n] labels as int64.
+
+    Raises:
+        FedCoEError: not `count` integers in 0..`classes` - 1.
+    """
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise FedCoEError(f"labels are {labels.dtype} {list(labels.shape)}, not {count} integers")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise FedCoEError(
+            f"labels run from {labels.min()} to {labels.max()}, the model knows 0 to {classes - 1}"
+        )
+    return labels.astype(np.int64)
 
 
 def load_bundle(

@@ -11,7 +11,7 @@ Three modes, always reported apart, by what they may read of the new client:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,8 @@ from fedcoe.metrics import Tally, over_clients, tally
 from fedcoe.prediction import Log, log_posterior
 from fedcoe.state import ServerState
 
-MODES = ("none", "unlabelled", "labels")
+Mode = Literal["none", "unlabelled", "labels"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)

@@ -130,32 +130,124 @@ def _train(**parameters: Any) -> dict[str, float]:
         return dict(federated_training(**parameters))
 
 
+Seeds = Annotated[str, typer.Option(help="Seeds of partition and training, by comma.")]
+
+
 @app.command(
-    epilog="Examples:  fedcoe compare   |   "
-    "fedcoe compare --methods fedcoe,fedavg --seeds 0,1,2 --name mnist5k"
+    epilog="Examples:  fedcoe compare   |   fedcoe compare --methods fedcoe,fedavg --seeds 0,1,2   "
+    "|   fedcoe compare --render mnist5k"
 )
 def compare(
     root: Root = Path("."),
     overrides: Overrides = NO_OVERRIDES,
-    methods: Annotated[str, typer.Option(help="Methods, by comma.")] = "fedcoe,fedavg",
-    seeds: Annotated[
-        str, typer.Option(help="Seeds of partition and training, by comma.")
-    ] = "0,1,2",
+    methods: Annotated[str | None, typer.Option(help="Methods, by comma; default: all.")] = None,
+    seeds: Seeds = "0,1,2",
+    rows: Annotated[
+        str, typer.Option(help="plain (with it: reweighting) and all switches on, by comma.")
+    ] = "plain,all",
     name: Annotated[
         str | None, typer.Option(help="Folder under results/; default: the dataset's name.")
     ] = None,
+    cell_only: Annotated[
+        bool, typer.Option("--cell-only", help="Train, and leave tables to --render.")
+    ] = False,
+    render: Annotated[
+        str | None, typer.Option(help="Train nothing: draw results/NAME again from its cells.")
+    ] = None,
 ) -> None:
-    """Train methods x seeds on the same footing; finished cells are not trained again."""
+    """Train methods x rows x seeds on the same footing; finished cells are not trained again."""
     from flows.compare import compare_methods
+    from flows.compare import render as draw
 
-    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
-        raise FedCoEError(f"--seeds {seeds}: whole numbers by comma, e.g. 0,1,2")
-    names = [method.strip() for method in methods.split(",")]
+    if render:
+        table = draw(root, render)
+    else:
+        chosen = _listed(methods) if methods else None
+        with _progress():
+            table = compare_methods(
+                str(root), overrides, chosen, _numbers(seeds), name, _listed(rows), cell_only
+            )
+    if table:
+        out.print(table, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="Examples:  fedcoe ablate --list   |   fedcoe ablate experts --seeds 0,1   |   "
+    "fedcoe ablate all"
+)
+def ablate(
+    ablation: Annotated[
+        str | None, typer.Argument(metavar="SET", help="A set of ablations.yaml, or `all`.")
+    ] = None,
+    root: Root = Path("."),
+    overrides: Overrides = NO_OVERRIDES,
+    seeds: Seeds = "0,1,2",
+    show: Annotated[bool, typer.Option("--list", help="Show the sets and train nothing.")] = False,
+) -> None:
+    """Train FedCoE and changes of it; differences go to results/ablation-SET/."""
+    from flows.compare import ablate as run
+    from flows.compare import ablation_sets
+
+    sets = ablation_sets(root)
+    if show or ablation is None:
+        table = Table("set", "label", "changes", box=None)
+        for name, items in sets.items():
+            if name != "all":
+                for label, changes in items:
+                    said = ", ".join(f"{key}={json.dumps(v)}" for key, v in changes.items())
+                    table.add_row(name, label, said)
+        out.print(table)
+        return
     with _progress():
-        table = compare_methods(
-            str(root), overrides, names, [int(seed) for seed in seeds.split(",")], name
-        )
-    out.print(table, markup=False, highlight=False, soft_wrap=True)
+        text = run(ablation, str(root), overrides, _numbers(seeds))
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",")]
+
+
+def _numbers(text: str) -> list[int]:
+    if not all(item.isdigit() for item in _listed(text)):
+        raise FedCoEError(f"--seeds {text}: whole numbers by comma, e.g. 0,1,2")
+    return [int(item) for item in _listed(text)]
+
+
+@app.command(
+    epilog="Examples:  fedcoe tune   |   fedcoe tune --method fedavg --workers 2   |   "
+    "fedcoe tune -S tune.trials=50 -S tune.objective=personalized_nll"
+)
+def tune(
+    root: Root = Path("."),
+    overrides: Overrides = NO_OVERRIDES,
+    method: Annotated[
+        str | None, typer.Option(help="Search for this method; default: that of params.yaml.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Trials at once; they share the cores.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Search tune.space for good settings by validation figures. Resumes if interrupted."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    from flows.tune import plan_search
+    from flows.tune import tune as search
+
+    _, notes = plan_search(root, overrides, method)
+    _warn(notes)
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), _progress():
+        best = search(str(root), overrides, method, workers)
+    if as_json:
+        typer.echo(json.dumps(best))
+        return
+    lines = [
+        f"{best['study']}: {best['finished']} trials finished, {best['pruned']} of them pruned; "
+        f"{best['failed']} failed",
+        f"best: trial {best['trial']}, validation {best['objective']} {best['value']:.4f}",
+        *(f"  {key} = {value}" for key, value in best["params"].items()),
+        f"written: {best['folder']}",
+        best["dvc"],
+    ]
+    out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet() -> None:
@@ -195,6 +287,17 @@ def _progress() -> Iterator[None]:
         line = bar.add_task("starting", total=None, figures="")
 
         def listen(event: str, values: Mapping[str, Any]) -> None:
+            if event == "study":
+                best = "" if values["best"] is None else f"best {values['best']:.4g}"
+                figures["study"] = f"{best}  {values['pruned']} pruned, {values['failed']} failed"
+                bar.update(
+                    line,
+                    description=values["name"],
+                    total=values["trials"],
+                    completed=values["finished"],
+                    figures=figures["study"],
+                )
+                return
             if event == "start":
                 run = values["run"]
                 bar.update(
@@ -393,6 +496,67 @@ def predict(
     for row in rows:
         table.add_row(row["image"], row["class"], f"{row['p']:.3f}")
     out.print(table)
+
+
+@app.command(
+    epilog="Examples:  fedcoe join --data photos/   |   fedcoe join --data client.npz "
+    "--mode unlabelled --out predictions.csv   |   fedcoe join --data photos/ --json"
+)
+def join(
+    data: Annotated[
+        Path,
+        typer.Option(help="Images, flat or in a sub-folder a class; or an .npz: x [, y]."),
+    ],
+    mode: Annotated[
+        str | None,
+        typer.Option(help="none, unlabelled or labels; default: labels where there are any."),
+    ] = None,
+    models: Annotated[Path, typer.Option(help="Models folder.")] = Path("models"),
+    out_path: Annotated[
+        Path | None, typer.Option("--out", help="Write predictions: .csv or .json.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take in a client never seen: experts that fit it, its class mix, predictions, accuracy."""
+    from fedcoe.bundle import load_bundle
+    from fedcoe.cold_start import MODES
+    from fedcoe.data.sources.client import read_client
+    from fedcoe.join import SPLIT
+    from fedcoe.join import join as take_in
+
+    if mode is not None and mode not in MODES:
+        raise FedCoEError(f"--mode {mode}: there are {', '.join(MODES)}")
+    if out_path is not None and out_path.suffix not in (".csv", ".json"):
+        raise FedCoEError(f"--out {out_path}: must end in .csv or .json")
+    bundle = load_bundle(models)
+    federation = bundle.method.federation
+    client = read_client(data, federation.shape, federation.class_names)
+    joined = take_in(bundle, client.images, client.labels, mode)
+    predictions = joined.rows(client.names, federation.class_names)
+    if out_path is not None:
+        from tasks.results import write_csv, write_json
+
+        (write_csv if out_path.suffix == ".csv" else write_json)(out_path, predictions)
+    if as_json:
+        found = joined.summary(federation.class_names) | {"predictions": predictions}
+        typer.echo(json.dumps(found))
+        return
+    graded = "" if client.labels is None else ", labelled"
+    out.print(f"{len(client.names):,} images{graded}; predicted in mode {joined.mode}")
+    table = Table(*(name.replace("_", " ") for name in joined.experts[0]), box=None)
+    for row in joined.experts:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    out.print(table)
+    table = Table("class", "estimated share", "predicted", "counted", box=None)
+    for row in joined.class_rows(federation.class_names):
+        table.add_row(*("" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
+                        for v in row.values()))  # fmt: skip
+    out.print(table)
+    if joined.modes:
+        _show({f"accuracy, mode {name}": v["accuracy"] for name, v in joined.modes.items()}, False)
+        err.print(f"mode labels: {SPLIT}", highlight=False)
+    if out_path is None:
+        err.print("--out FILE.csv (or .json) keeps the predictions", highlight=False)
 
 
 @app.command(epilog="Example:  fedcoe doctor")

@@ -1,108 +1,324 @@
-"""The flow: methods x seeds on the same footing, and the table of what came out."""
+"""The flows: methods x rows x seeds on the same footing, and ablations of FedCoE.
+
+A cell is one training, kept as one file; which settings a row stands for is said here. Tables and
+figures are functions of the cells (`tasks/comparison.py`).
+"""
 
 import json
-from collections.abc import Sequence
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-from fedcoe.config import fingerprint_of, load_settings
+from fedcoe.config import Settings, fingerprint_of, load_settings, validate_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import method_class, method_names
-from fedcoe.state import write_atomic
 from flows.federated_training import federated_training
 from flows.pipeline import partition_data
-from tasks.results import write_csv
+from tasks.comparison import (
+    Comparison,
+    cell_name,
+    check_footing,
+    load_cells,
+    measures,
+    metrics,
+    read_cells,
+    write_comparison,
+)
+from tasks.report import build_comparison_page
+from tasks.results import write_json
+from tasks.tracking import Tracking, log_row, log_tables, start_study
 
-COLUMNS = {
-    "global": ("evaluate", "global", "accuracy"),
-    "personalized": ("evaluate", "personalized", "accuracy"),
-    "worst tenth": ("evaluate", "personalized", "worst10"),
-    "cold start, none": ("cold_start", "none", "accuracy"),
-    "cold start, unlabelled": ("cold_start", "unlabelled", "accuracy"),
-    "cold start, labels": ("cold_start", "labels", "accuracy"),
-}
+ROWS = ("plain", "all")
+"""What is trained. A third row, `reweighting`, is `plain` predicted a second time."""
+SWITCHES = ("balanced_softmax", "server_momentum", "reweighting", "coordination_head")
+ABLATIONS = "ablations.yaml"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: what it is called and all that decides it."""
+
+    method: str
+    row: str
+    seed: int
+    settings: Settings
+    overrides: tuple[str, ...]
+    """Those of the whole comparison, of the row and of the seed."""
+    command: str
+    order: int | None = None
+    """Place in an ablation's table."""
+
+    def key(self, data_hash: str) -> str:
+        """16 hex digits: equal keys, equal training."""
+        named = self.settings.model_dump(
+            mode="json", exclude={"data": True, "runtime": {"workers"}}
+        )
+        return fingerprint_of([named, data_hash])
+
+
+def row_settings(settings: Settings, method: str, row: str) -> Settings:
+    """The settings of a method in a row.
+
+    `plain` is the method as its authors left it: its own defaults, FedCoE without the switches.
+    `all` has every switch on. A method that params.yaml names keeps its other settings from there.
+
+    Raises:
+        FedCoEError: no such method or row, or settings that exclude each other.
+    """
+    if method not in method_names():
+        raise FedCoEError(f"no method {method!r}; there are: {', '.join(method_names())}")
+    if row not in ROWS:
+        raise FedCoEError(f"no row {row!r}; there are: {', '.join(ROWS)} (reweighting with plain)")
+    own = method_class(method).Settings(name=method)
+    switches = {name: getattr(own, name) for name in SWITCHES if hasattr(own, name)}
+    if row == "all":
+        # FedAdam's momentum is a moving average, not a heavy ball: more of it is not the switch.
+        momentum = switches["server_momentum"]
+        momentum = momentum if method == "fedadam" else max(momentum, 0.7)
+        switches = dict.fromkeys(switches, True) | {"server_momentum": momentum}
+    elif method == "fedcoe":
+        switches = dict.fromkeys(switches, False) | {"server_momentum": 0.0}
+    named = settings.method.name == method
+    kept = settings.method.model_dump(mode="json") if named else {"name": method}
+    found = validate_settings({"method": kept | switches}, f"{method}, row {row}").method
+    return settings.model_copy(update={"method": found})
+
+
+def comparison_cells(
+    root: Path,
+    overrides: Sequence[str],
+    methods: Sequence[str],
+    rows: Sequence[str],
+    seeds: Sequence[int],
+) -> list[Cell]:
+    """Every training of a comparison, checked before the first one starts."""
+    trained = list(dict.fromkeys("plain" if row == "reweighting" else row for row in rows))
+    cells = []
+    for seed in seeds:
+        own = (*overrides, f"partition.seed={seed}", f"train.seed={seed}")
+        settings = load_settings(root / "params.yaml", own)
+        for method in methods:
+            for row in trained:
+                words = ["compare", "--methods", method, "--rows", row, "--seeds", str(seed)]
+                found = row_settings(settings, method, row)
+                cells.append(Cell(method, row, seed, found, own, _command(words, overrides)))
+    return cells
+
+
+def ablation_sets(root: Path) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+    """Sets of `ablations.yaml` by name, each of (label, overrides); `all` is their union.
+
+    Raises:
+        FedCoEError: no such file, or not of this form.
+    """
+    path = root / ABLATIONS
+    try:
+        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FedCoEError(f"{path}: no such file; the repository has one to copy") from None
+    except (YAMLError, OSError) as error:
+        raise FedCoEError(f"{path}: not readable: {' '.join(str(error).split())}") from None
+    try:
+        sets: dict[str, list[tuple[str, Mapping[str, Any]]]] = {
+            str(name): [(str(item["label"]), dict(item["overrides"])) for item in items]
+            for name, items in values.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise FedCoEError(f"{path}: must map set names to lists of label, overrides") from None
+    union = {label: overrides for items in sets.values() for label, overrides in items}
+    labels = [label for items in sets.values() for label, _ in items]
+    if len(union) < len(labels) or {"default", "plain"} & set(labels):
+        raise FedCoEError(f"{path}: labels must differ, and none may be `default` or `plain`")
+    return {**sets, "all": list(union.items())}
+
+
+def ablation_cells(
+    root: Path, overrides: Sequence[str], name: str, seeds: Sequence[int]
+) -> list[Cell]:
+    """Every training of an ablation: FedCoE with all switches, and each change of it."""
+    sets = ablation_sets(root)
+    if name not in sets:
+        raise FedCoEError(f"no ablation {name!r}; there are: {', '.join(sets)}")
+    cells = []
+    for seed in seeds:
+        for order, (label, changes) in enumerate([("default", {}), *sets[name]]):
+            changed = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+            own = [*overrides, *changed, f"partition.seed={seed}", f"train.seed={seed}"]
+            base = load_settings(root / "params.yaml", [*overrides, "method.name=fedcoe"])
+            switched = row_settings(base, "fedcoe", "all").method
+            switches = [f"method.{key}={json.dumps(getattr(switched, key))}" for key in SWITCHES]
+            every = [*overrides, "method.name=fedcoe", *switches, *own]
+            settings = load_settings(root / "params.yaml", every)
+            command = _command(["ablate", name, "--seeds", str(seed)], overrides)
+            row = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+            cells.append(Cell("fedcoe", row, seed, settings, tuple(own), command, order))
+    return cells
+
+
+def _command(words: Sequence[str], overrides: Sequence[str]) -> str:
+    given = [part for override in overrides for part in ("-S", override)]
+    return shlex.join(["fedcoe", *words, *given])
 
 
 @flow(name="compare", validate_parameters=False)
 def compare_methods(
     root: str = ".",
     overrides: Sequence[str] = (),
-    methods: Sequence[str] = ("fedcoe", "fedavg"),
+    methods: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     name: str | None = None,
+    rows: Sequence[str] = ROWS,
+    cell_only: bool = False,
 ) -> str:
-    """Train every method with every seed and write `results/<name>/`.
+    """Train every method in every row with every seed and write `results/<name>/`.
 
     A seed decides partition, cohorts, initial weights and batch order, the same for all methods.
     A cell is one file; cells whose file says the same settings and data are not trained again.
 
+    Args:
+        methods: default: all.
+        name: default: the dataset's.
+        cell_only: leave tables and figures to `render`.
+
+    Returns:
+        The table of all cells in the folder, in Markdown.
+    """
+    folder = Path(root)
+    cells = comparison_cells(folder, overrides, methods or method_names(), rows, seeds)
+    return _run(folder, name or load_dataset(folder / "data").info.name, cells, cell_only)
+
+
+@flow(name="ablate", validate_parameters=False)
+def ablate(
+    ablation: str, root: str = ".", overrides: Sequence[str] = (), seeds: Sequence[int] = (0, 1, 2)
+) -> str:
+    """Train FedCoE with each change of a set of ablations.yaml: `results/ablation-<set>/`.
+
+    Returns:
+        The table of differences to the default, in Markdown.
+    """
+    folder = Path(root)
+    cells = ablation_cells(folder, overrides, ablation, seeds)
+    return _run(folder, f"ablation-{ablation}", cells, False)
+
+
+def render(root: Path, name: str) -> str:
+    """Tables, figures and page of `results/<name>/` from its cells.
+
     Returns:
         The table, in Markdown.
     """
-    folder = Path(root)
-    for method in methods:
-        if method not in method_names():
-            raise FedCoEError(f"no method {method!r}; there are: {', '.join(method_names())}")
-    info = load_dataset(folder / "data").info
-    results = Path("results") / (name or info.name)
-    for seed in seeds:
-        own = [*overrides, f"partition.seed={seed}", f"train.seed={seed}"]
-        settings = load_settings(folder / "params.yaml", own)
-        partitions = f".fedcoe/partitions/{settings.fingerprint('partition')}-{info.hash[:8]}"
-        if not (folder / partitions).exists():
-            partition_data(folder, own, partitions)
-        for method in methods:
-            file = results / "cells" / f"{method}-seed{seed}.json"
-            used = settings.model_dump(mode="json", exclude={"runtime": {"workers"}})
-            key = fingerprint_of([used, info.hash, method])
-            if _key(folder / file) != key:
-                federated_training(root, own, method, str(file), partitions)
-                cell = json.loads((folder / file).read_text()) | {"key": key}
-                text = json.dumps(cell, indent=1, sort_keys=True) + "\n"
-                write_atomic(folder / file, text.encode())
-    return _write_table(folder / results, methods, seeds)
-
-
-def _key(path: Path) -> str | None:
-    try:
-        return str(json.loads(path.read_text()).get("key"))
-    except (OSError, ValueError):
-        return None
-
-
-def _write_table(results: Path, methods: Sequence[str], seeds: Sequence[int]) -> str:
-    rows, lines = [], []
-    for method in methods:
-        cells = [
-            json.loads((results / "cells" / f"{method}-seed{seed}.json").read_text())
-            for seed in seeds
-        ]
-        row: dict[str, Any] = {"method": method, "seeds": len(cells)}
-        shown = [method]
-        for column, path in COLUMNS.items():
-            values = 100 * np.array([_at(cell, path) for cell in cells])
-            if "personalized" not in path and not method_class(method).has_global:
-                values = np.full(len(cells), np.nan)
-            spread = values.std(ddof=1) if len(values) > 1 else float("nan")
-            row |= {column: float(values.mean()), f"{column} std": float(spread)}
-            found = f"{values.mean():.2f} ± {spread:.2f}"
-            shown.append("-" if np.isnan(values.mean()) else found)
-        rows.append(row)
-        lines.append("| " + " | ".join(shown) + " |")
-    head = f"| method | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}\n"
-    table = head + "\n".join(lines) + "\n"
-    write_csv(results / "table.csv", rows)
-    write_atomic(results / "table.md", table.encode())
-    create_markdown_artifact(key="comparison", markdown=table)
+    folder = root / "results" / name
+    cells = load_cells(folder)
+    ablation = all("order" in cell for cell in cells)
+    comparison = Comparison(name, cells, ("fedcoe", "default" if ablation else "all"))
+    table = write_comparison(folder, comparison)
+    build_comparison_page(folder, comparison)
     return table
 
 
-def _at(cell: Any, path: Sequence[str]) -> float:
-    for name in path:
-        cell = cell.get(name, {}) if isinstance(cell, dict) else {}
-    return float(cell) if isinstance(cell, int | float) else float("nan")
+def _run(root: Path, name: str, cells: Sequence[Cell], cell_only: bool) -> str:
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise FedCoEError(f"--name {name!r}: letters, digits, - and _ only; it names a folder")
+    data_hash = load_dataset(root / "data").info.hash
+    results = root / "results" / name
+    if not cell_only:
+        _check_others(results, cells, data_hash)
+    tags = {"role": "comparison", "comparison": name}
+    memo = root / ".fedcoe" / "comparisons" / name
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    parent = start_study(root, memo, f"comparison · {name}", {}, tags)
+    try:
+        for cell in cells:
+            _make(root, name, cell, data_hash, parent)
+        if cell_only:
+            return ""
+        table = render(root, name)
+    except BaseException:
+        parent.finish("FAILED")
+        raise
+    log_tables(parent, results)
+    parent.finish("FINISHED")
+    text = (results / "differences.md").read_text() if cells[0].order is not None else table
+    create_markdown_artifact(key=re.sub(r"[^a-z0-9]+", "-", name.lower()), markdown=text)
+    return text
+
+
+def _check_others(results: Path, cells: Sequence[Cell], data_hash: str) -> None:
+    """Before hours of training: the cells that stay must be comparable with those to come."""
+    planned = [
+        {"method": cell.method, "row": cell.row, "seed": cell.seed, "data_hash": data_hash}
+        | {"settings": cell.settings.model_dump(mode="json")}
+        | ({} if cell.order is None else {"order": cell.order})
+        for cell in cells
+    ]
+    coming = {(cell.method, cell.row, cell.seed) for cell in cells}
+    kept = [c for c in read_cells(results) if (c["method"], c["row"], c["seed"]) not in coming]
+    check_footing([*kept, *planned], results)
+
+
+def _make(root: Path, name: str, cell: Cell, data_hash: str, parent: Tracking) -> None:
+    """Train a cell, unless its file, or one of another comparison, holds what would come out."""
+    file = Path("results") / name / "cells" / f"{cell_name(cell.method, cell.row, cell.seed)}.json"
+    notes: dict[str, Any] = {"method": cell.method, "row": cell.row, "seed": cell.seed}
+    notes |= {"key": cell.key(data_hash), "command": cell.command}
+    notes |= {} if cell.order is None else {"order": cell.order}
+    here = _read(root / file)
+    if here.get("key") == notes["key"]:
+        if here.get("order") != cell.order:  # ablations.yaml lists it elsewhere now
+            write_json(root / file, here | notes)
+        return
+    tags = {"comparison": name, "row": cell.row, "seed": str(cell.seed)}
+    tags = tags | {"mlflow.parentRunId": parent.run_id} if parent.run_id else {}
+    made = _elsewhere(root / "results", notes["key"])
+    if made:
+        write_json(root / file, {k: v for k, v in made.items() if k != "order"} | notes)
+        log_row(parent, root, tags, made, metrics(measures(made, made)))
+    else:
+        method = cell.settings.method.model_dump(mode="json")
+        partitions = _partition(root, cell, data_hash)
+        federated_training(str(root), cell.overrides, method, str(file), partitions, notes, tags)
+        made = _read(root / file)
+    if cell.row == "plain" and tags:
+        again = made.get("reweighted") or made
+        tags |= {"row": "reweighting"}
+        log_row(parent, root, tags, made, metrics(measures(made, again)))
+
+
+def _partition(root: Path, cell: Cell, data_hash: str) -> str:
+    """Deal the data out once a seed; whole or not at all, as others may be comparing here too."""
+    name = f".fedcoe/partitions/{cell.settings.fingerprint('partition')}-{data_hash[:8]}"
+    if not (root / name).exists():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=(root / name).parent) as scratch:
+            made = Path(scratch).resolve() / "partitions"
+            partition_data(root, cell.overrides, str(made))
+            # Whoever came first has dealt the same.
+            with suppress(OSError):
+                made.rename(root / name)
+    return name
+
+
+def _elsewhere(results: Path, key: str) -> dict[str, Any]:
+    cells = (_read(path) for path in sorted(results.glob("*/cells/*.json")))
+    return next((cell for cell in cells if cell.get("key") == key), {})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A cell; empty if there is none that can be used."""
+    try:
+        cell = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cell if isinstance(cell, dict) and "row" in cell else {}

@@ -5,7 +5,8 @@ Wiring only. What a round does stands in `fedcoe/methods/`; how it is run, in `f
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,25 @@ from prefect.runtime import flow_run
 from fedcoe.cold_start import NewClient, summary
 from fedcoe.config import Settings, load_settings
 from fedcoe.evaluate import Evaluation
-from fedcoe.methods.settings import settings_for
-from fedcoe.rounds import evaluation_due, gate_clients, plan_round
+from fedcoe.methods.base import Federation
+from fedcoe.methods.settings import method_class, settings_for
+from fedcoe.rounds import (
+    evaluation_due,
+    gate_clients,
+    gate_view,
+    personalized,
+    plan_round,
+)
 from fedcoe.state import ServerState
 from tasks.artifacts import publish_summary
-from tasks.checkpoint import History, checkpoint, discard, resume
+from tasks.checkpoint import History, checkpoint, discard, resume, spend
 from tasks.cold_start import cold_start_evaluate
+from tasks.comparison import measures, metrics
 from tasks.evaluate import evaluate_state, score_shard
 from tasks.expert_aggregate import expert_aggregate
 from tasks.gate_update import gate_statistics, gate_update
 from tasks.local_train import local_train
+from tasks.personalize import personalize
 from tasks.progress import report_progress
 from tasks.results import run_figures, write_figures, write_models
 from tasks.run import Run, open_run
@@ -34,37 +44,51 @@ from tasks.tracking import Tracking, register_models, start_tracking
 
 def _name() -> str:
     given = flow_run.parameters
-    return f"{given.get('method') or 'training'} · {given.get('partitions', 'partitions')}"
+    method = given.get("method") or "training"
+    name = method["name"] if isinstance(method, Mapping) else method
+    return f"{name} · {given.get('partitions', 'partitions')}"
 
 
 @flow(name="federated-training", flow_run_name=_name, validate_parameters=False)
 def federated_training(
     root: str = ".",
     overrides: Sequence[str] = (),
-    method: str | None = None,
+    method: str | Mapping[str, Any] | None = None,
     figures: str | None = None,
     partitions: str = "partitions",
+    notes: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Train as params.yaml says and write models, metrics and plots.
 
     Args:
         root: folder of params.yaml, data/ and partitions/.
         overrides: `section.key=value` settings that win over params.yaml.
-        method: train this method instead, with its default settings and all else equal.
+        method: train this method instead, with its default settings or those of a mapping, and
+            all else equal.
         figures: write no models and plots, only the figures, into this JSON file under `root`.
         partitions: folder of the partition, under `root`.
+        notes: what else the JSON file is to say: it becomes a cell of a comparison, which is also
+            predicted with reweighting.
+        tags: further tags of the MLflow run; a cell without any is not tracked.
 
     Returns:
         The headline figures: accuracies in [0, 1] by name.
     """
     folder = Path(root)
     settings = load_settings(folder / "params.yaml", overrides)
-    if method is not None and method != settings.method.name:
-        settings = settings.model_copy(update={"method": settings_for({"name": method})})
+    if isinstance(method, str):
+        method = {"name": method} if method != settings.method.name else None
+    if method is not None:
+        settings = settings.model_copy(update={"method": settings_for(method)})
     with open_run(settings, folder, folder / partitions) as run:
-        tracking = start_tracking(run, {"role": "comparison" if figures else "training"})
+        role = "cell" if notes else "comparison" if figures else "training"
+        # No tags: the comparison could not reach its store, so its cells do not wait for it either.
+        untracked = notes is not None and not tags
+        tracking = Tracking() if untracked else start_tracking(run, {"role": role, **(tags or {})})
         try:
-            headline = _train(run, tracking, settings, folder / figures if figures else None)
+            path = folder / figures if figures else None
+            headline = _train(run, tracking, settings, path, notes)
         except BaseException:
             tracking.finish("FAILED")
             raise
@@ -74,15 +98,22 @@ def federated_training(
 
 
 def _train(
-    run: Run, tracking: Tracking, settings: Settings, figures: Path | None
+    run: Run,
+    tracking: Tracking,
+    settings: Settings,
+    figures: Path | None,
+    notes: Mapping[str, Any] | None,
 ) -> dict[str, float]:
     method, shared = run.method, unmapped(run)
     state, history = resume(run)
+    for sentence in method.inert():
+        get_run_logger().warning("no effect: %s", sentence)
     if state.round:
         get_run_logger().info("resuming after round %d of run %s", state.round, run.key)
     report_progress("start", run=run, round=state.round, rounds=settings.train.rounds)
     evaluated: Evaluated | None = None
     while state.round < settings.train.rounds:
+        before = state
         started, plan = time.perf_counter(), plan_round(method, state, run.engine)
         rnd, sent = unmapped(plan.round), unmapped(state.for_clients())
         trained = local_train.map(shared, rnd, _numbered(plan.shards), sent, plan.shards).result()
@@ -91,11 +122,20 @@ def _train(
 
         members = gate_clients(method, state, plan)
         if members:
-            state = _update_gate(run, state, members)
+            state = _update_gate(run, before, state, members)
+        spend(run, time.perf_counter() - started)
+        due = evaluation_due(method, state)
+        if due and method.finetune_epochs:
+            started = time.perf_counter()
+            state, images = _personalize(run, state)
+            # Earlier fine-tuning is for the curves only; it is no part of the method's work.
+            last = state.round == settings.train.rounds
+            spend(run, (time.perf_counter() - started) * last)
+            record = replace(record, images=record.images + images * last)
         row = history.add_round(record, method.gate_bytes(state, len(members)))
         row |= {"images_per_second": record.images / seconds, "train_seconds": seconds}
 
-        if evaluation_due(method, state):
+        if due:
             state, evaluation, new = evaluated = _evaluate(run, state)
             # The round's own figures win over sums so far of the same name.
             row = history.add_evaluation(evaluation, new, dict(state.diagnostics)) | row
@@ -104,18 +144,28 @@ def _train(
         report_progress("round", **row)
     # A run killed between its last checkpoint and its results evaluates the last state again.
     state, evaluation, new = evaluated or _evaluate(run, state)
-    return _finish(run, tracking, state, history, evaluation, new, figures)
+    return _finish(run, tracking, state, history, evaluation, new, figures, notes)
 
 
 Evaluated = tuple[ServerState, Evaluation, list[NewClient]]
 
 
-def _update_gate(run: Run, state: ServerState, clients: Sequence[int]) -> ServerState:
+def _update_gate(
+    run: Run, before: ServerState, state: ServerState, clients: Sequence[int]
+) -> ServerState:
     sizes = [int(run.method.federation.train_counts[k]) for k in clients]
     shards = run.engine.shards(clients, sizes)
-    rnd, sent = unmapped(state.round), unmapped(state.for_clients())
+    rnd, sent = unmapped(state.round), unmapped(gate_view(run.method, before, state))
     messages = gate_statistics.map(unmapped(run), rnd, _numbered(shards), sent, shards).result()
     return gate_update(run, state.round, state, messages)
+
+
+def _personalize(run: Run, state: ServerState) -> tuple[ServerState, int]:
+    counts = [int(n) for n in run.method.federation.train_counts]
+    shards = run.engine.shards(range(len(counts)), counts)
+    rnd, sent = unmapped(state.round), unmapped(state.for_clients())
+    done = personalize.map(unmapped(run), rnd, _numbered(shards), sent, shards).result()
+    return personalized(state, done)
 
 
 def _evaluate(run: Run, state: ServerState) -> Evaluated:
@@ -137,6 +187,24 @@ def _evaluate(run: Run, state: ServerState) -> Evaluated:
     return state, evaluation, [client for shard in served for client in shard]
 
 
+def _evaluate_reweighted(run: Run, state: ServerState) -> tuple[Evaluation, list[NewClient]] | None:
+    """The same models, their predictions reweighted by label prior; None where they are already.
+
+    The switch decides nothing in training, so this is the figure a training with it would give.
+    """
+    if run.settings.method.reweighting:
+        return None
+    settings = run.settings.model_copy(
+        update={
+            "method": run.settings.method.model_copy(update={"reweighting": True}),
+            "cold_start": run.settings.cold_start.model_copy(update={"few_shot_epochs": 0}),
+        }
+    )
+    method = method_class(settings.method.name)(Federation.of(settings, run.data))
+    _, evaluation, new = _evaluate(replace(run, settings=settings, method=method), state)
+    return evaluation, new
+
+
 def _finish(
     run: Run,
     tracking: Tracking,
@@ -145,10 +213,13 @@ def _finish(
     evaluation: Evaluation,
     new: list[NewClient],
     figures: Path | None,
+    notes: Mapping[str, Any] | None,
 ) -> dict[str, float]:
     cold_start = summary(new)
     if figures is not None:
-        write_figures(run, figures, history, evaluation, new)
+        again = _evaluate_reweighted(run, state) if notes is not None else None
+        found = write_figures(run, figures, history, evaluation, new, again, notes)
+        tracking.log_metrics({"final": metrics(measures(found, found))}, state.round)
     else:
         models = write_models(run, state, history)
         register_models(run, tracking, models, evaluation, cold_start)

@@ -37,10 +37,11 @@ def publish_summary(
 ) -> None:
     """A Markdown summary and the key table as artifacts of the flow run."""
     settings, partition = run.settings, run.data.partition
+    name = settings.method.name.replace("_", "-")  # Prefect's keys take no underscores
     rows = key_table(evaluation, cold_start)
     lines = "\n".join(f"| {row['figure']} | {row['accuracy %']} |" for row in rows)
     create_markdown_artifact(
-        key=f"{settings.method.name}-summary",
+        key=f"{name}-summary",
         markdown=(
             f"# {settings.method.name} on {run.data.dataset.info.name}\n\n"
             f"{partition.seen} clients and {partition.new} new ones, "
@@ -51,4 +52,4 @@ def publish_summary(
         ),
         description="What was run and how well it did",
     )
-    create_table_artifact(key=f"{settings.method.name}-figures", table=rows)
+    create_table_artifact(key=f"{name}-figures", table=rows)

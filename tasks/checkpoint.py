@@ -96,3 +96,16 @@ def resume(run: Run) -> tuple[ServerState, History]:
 def discard(run: Run) -> None:
     """Forget the checkpoints of a run whose results have been written."""
     shutil.rmtree(run.scratch, ignore_errors=True)
+
+
+def spend(run: Run, seconds: float) -> None:
+    """Note time spent on training; beside the checkpoints, whose bytes must not tell time."""
+    run.scratch.mkdir(parents=True, exist_ok=True)
+    with (run.scratch / "seconds").open("a") as file:
+        file.write(f"{seconds:.6f}\n")
+
+
+def spent(run: Run) -> float:
+    """Seconds of training so far, those before an interruption included."""
+    path = run.scratch / "seconds"
+    return sum(map(float, path.read_text().split())) if path.exists() else 0.0

@@ -7,9 +7,9 @@ words what it shows; `to_svg` hands that to screen readers.
 
 import html
 import re
-from collections.abc import Sequence
-from io import StringIO
-from typing import Any
+from collections.abc import Mapping, Sequence
+from io import BytesIO, StringIO
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 # Neutral colours and the two of the comparison. `to_svg` turns them into CSS variables, so that a
 # page can restyle a figure for its dark theme. Blue and orange stay apart for every common kind of
@@ -38,6 +38,10 @@ _THEME = {
 COUNT = LinearSegmentedColormap.from_list("count", ["#f3f1f7", "#a99cc8", "#43316f"], N=32)
 BELONGING = LinearSegmentedColormap.from_list("belonging", ["#eff4fa", "#7fb0d8", "#084b83"], N=32)
 ACCURACY = LinearSegmentedColormap.from_list("accuracy", ["#f0f6f2", "#7cbb9d", "#0b5a41"], N=32)
+
+# Many lines: hues apart for common colour blindness (after Okabe and Ito), then dashes.
+_HUES = ("#b8560f", "#1b8a5a", "#a04f86", "#8a7a00", "#4b4f58", "#3aa0c8", "#c23b3b", "#7a5a3a")
+_LOOKS = [(hue, dashes) for dashes in ("-", (0, (4, 1.5)), (0, (1, 1))) for hue in _HUES]
 
 WIDTH = 4.4  # inches: at 8.5 pt still legible on a phone, where a figure is about as wide
 MAX_ROWS = 40  # more clients than this share rows, as means of neighbours
@@ -265,6 +269,139 @@ def clients_by_classes(
         f"Partition: {', '.join(panels).lower()}, {len(classes)} classes"
         + (f", {sizes.min():.0f} to {sizes.max():.0f} samples a client." if len(sizes) else "."),
     )
+
+
+@style.context(_STYLE, after_reset=True)
+def comparison_curves(
+    curves: Mapping[tuple[str, str], pd.DataFrame],
+    reference: tuple[str, str],
+    *,
+    axis: Literal["rounds", "bytes"] = "rounds",
+) -> Figure:
+    """Global and personalized accuracy of many methods, one panel a measure and row of switches.
+
+    The reference is drawn in every panel, thick and in its own colour; the others share colours
+    and line styles with their legend entry.
+
+    Args:
+        curves: (method, row) to columns round, bytes, global_accuracy, personalized_accuracy.
+        reference: the (method, row) to stand out.
+        axis: what accuracies are drawn over; bytes are those of all clients so far, up and down.
+    """
+    rows = list(dict.fromkeys(row for _, row in curves))
+    # Rows of one method (an ablation) are its variants and share a panel.
+    variants = len({method for method, _ in curves}) == 1 and len(rows) > 2
+    panels = [rows] if variants else [[row] for row in rows]
+    names = list(dict.fromkeys(_curve_name(key, variants) for key in curves if key != reference))
+    looks = {name: _LOOKS[i % len(_LOOKS)] for i, name in enumerate(names)}
+    measures = {"Global": "global_accuracy", "Personalized": "personalized_accuracy"}
+    entries = len(names) + 1
+    legend = 0.16 * -(-entries // 5) + 0.1
+    figure = Figure(figsize=(9.3, 2.7 * len(panels) + legend), layout="constrained")
+    grid = figure.subplots(len(panels), 2, squeeze=False, sharey="col", sharex=True)
+    handles: dict[str, Any] = {}
+    for cells, shown in zip(grid, panels, strict=True):
+        for axes, (title, column) in zip(cells, measures.items(), strict=True):
+            for key, table in curves.items():
+                if key != reference and key[1] not in shown:
+                    continue
+                moved = table.assign(round=table["bytes"] / 1e6) if axis == "bytes" else table
+                if axis == "bytes":  # what sends nothing has no place on a logarithm
+                    moved = moved[moved["round"] > 0]
+                name = " · ".join(key) if key == reference else _curve_name(key, variants)
+                look: dict[str, Any] = {"color": METHOD, "lw": 2.4, "zorder": 3}
+                if key != reference:
+                    color, dashes = looks[name]
+                    look = {"color": color, "ls": dashes, "lw": 1.1}
+                points = moved[["round", column]].dropna().to_numpy(dtype=np.float64)
+                [line] = axes.plot(*points.T, marker="o", markersize=2, label=name, **look)
+                handles.setdefault(name, line)
+            axes.set_title(title if variants else f"{title}, {shown[0]}", color=INK)
+            if shown is panels[-1]:
+                axes.set_xlabel("round" if axis == "rounds" else "MB up and down, all clients")
+            axes.grid(True, color=GRID, linewidth=0.7)
+            axes.set_axisbelow(True)
+            if axis == "bytes":
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter("{x:,g}")
+                axes.xaxis.set_minor_locator(NullLocator())
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.tick_params(colors=MUTED, labelsize=8, length=0, labelleft=True)
+    first = " · ".join(reference)
+    order = sorted(handles, key=lambda name: name != first)
+    figure.legend(
+        [handles[name] for name in order],
+        order,
+        loc="outside lower center",
+        ncols=5,
+        labelcolor=INK,
+    )
+    over = {"rounds": "rounds", "bytes": "bytes moved"}[axis]
+    return _settled(
+        figure, f"Accuracy of {len(curves)} rows over {over}, means over seeds: {', '.join(order)}."
+    )
+
+
+def _curve_name(key: tuple[str, str], variants: bool) -> str:
+    return key[1] if variants else key[0]
+
+
+@style.context(_STYLE, after_reset=True)
+def comparison_differences(
+    table: pd.DataFrame, measures: Sequence[str], reference: tuple[str, str]
+) -> Figure:
+    """Paired differences to the reference with their 95 % intervals, one panel a measure.
+
+    Args:
+        table: columns method, row, measure, difference, low, high, in points.
+        measures: those to draw.
+        reference: what was subtracted.
+    """
+    keys = list(dict.fromkeys(zip(table["method"], table["row"], strict=True)))
+    figure = Figure(figsize=(9.3, 0.8 + 0.17 * len(keys)), layout="constrained")
+    for axes, measure in zip(
+        figure.subplots(1, len(measures), sharey=True, squeeze=False)[0], measures, strict=True
+    ):
+        own = table[table["measure"] == measure].set_index(["method", "row"]).reindex(keys)
+        middle, low, high = (
+            own[c].to_numpy(dtype=np.float64) for c in ("difference", "low", "high")
+        )
+        places = np.arange(len(keys))
+        worse = np.nan_to_num(middle) < 0
+        for chosen, color in ((worse, METHOD), (~worse, BASELINE)):
+            spread = np.stack([middle - low, high - middle])[:, chosen]
+            known = np.isfinite(spread).all(axis=0)
+            axes.plot(middle[chosen], places[chosen], "o", ms=3, color=color)
+            axes.hlines(
+                places[chosen][known], low[chosen][known], high[chosen][known], color=color, lw=1.1
+            )
+        axes.axvline(0, color=MUTED, lw=0.8)
+        # Wide intervals of two seeds must not squeeze everything else to a dot.
+        reach = 1.6 * float(np.nanmax(np.abs(middle), initial=1.0))
+        axes.set_xlim(-reach, reach)
+        axes.set_ylim(len(keys) - 0.5, -0.5)
+        axes.set_yticks(places, [" · ".join(key) for key in keys])
+        axes.tick_params(colors=INK, labelsize=7, length=0)
+        axes.grid(True, axis="x", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.set_title(measure[:1].upper() + measure[1:], color=INK)
+        axes.set_xlabel("points")
+    return _settled(
+        figure,
+        f"Differences to {' · '.join(reference)} with 95 % intervals, paired by seed, of "
+        f"{len(keys)} rows in {', '.join(measures)}.",
+    )
+
+
+def to_png(figure: Figure) -> bytes:
+    """Draw a figure as a PNG image; the same figure gives the same bytes."""
+    drawn = BytesIO()
+    with style.context(_STYLE, after_reset=True):
+        figure.savefig(drawn, format="png", dpi=150, metadata={"Software": None})
+    return drawn.getvalue()
 
 
 def to_svg(figure: Figure) -> str:

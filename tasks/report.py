@@ -1,4 +1,4 @@
-"""One page that says what a run did and how well: reports/index.html.
+"""One page that says what a run did and how well: reports/index.html; and one a comparison.
 
 Self-contained (no request leaves the page) and a pure function of the files it reads, so that DVC
 can hash it: no time, no path of the machine.
@@ -6,6 +6,7 @@ can hash it: no time, no path of the machine.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
 
-from fedcoe.config import Settings, load_settings
+from fedcoe.config import PartitionSettings, Settings, load_settings
 from fedcoe.errors import FedCoEError
 from tasks import figures
+from tasks.comparison import (
+    Comparison,
+    comparison_figures,
+    difference_rows,
+    differences,
+    results,
+    summary,
+    table_rows,
+)
 
 MAX_TABLE_ROWS = 500  # the page must open on a phone; the tables are whole in plots/
 MAX_CLASS_COLUMNS = 20
@@ -56,6 +66,92 @@ def build_report(root: Path) -> Path:
     Raises:
         FedCoEError: a file is missing or damaged: which, and what to run.
     """
+    return _write_page(root / "reports" / "index.html", "report.html.j2", _content(root))
+
+
+def build_comparison_page(folder: Path, comparison: Comparison) -> Path:
+    """Write folder/index.html: tables, figures and provenance of a comparison's cells.
+
+    Returns:
+        The page's path.
+    """
+    cells, lines = comparison.cells, results(comparison)
+    gaps = differences(lines, comparison.reference)
+    svgs = {
+        name: Markup(figures.to_svg(figure))
+        for name, figure in comparison_figures(comparison, lines).items()
+    }
+    common = cells[0]["settings"]
+    content = {
+        "name": comparison.name,
+        "ablation": comparison.is_ablation,
+        "reference": " · ".join(comparison.reference),
+        "dataset": cells[0]["dataset"],
+        "rounds": sorted({cell["train"]["rounds"] for cell in cells}),
+        "seeds": sorted({cell["seed"] for cell in cells}),
+        "methods": list(dict.fromkeys(cell["method"] for cell in cells)),
+        "partition_words": _partition_words(PartitionSettings(**common["partition"])),
+        "clients": len(cells[0]["clients"]),
+        "new_clients": len(cells[0]["new_clients"]),
+        "table": _sortable(table_rows(summary(lines)), 3 - comparison.is_ablation),
+        "gaps": _sortable(difference_rows(gaps), 2) if len(gaps) else None,
+        "figures": svgs,
+        "told": _told(cells),
+        "settings": _common(cells),
+    }
+    return _write_page(folder / "index.html", "comparison.html.j2", content)
+
+
+def _sortable(table: tuple[list[str], list[list[str]]], words: int) -> Values:
+    """Cells as (text, number to sort by, bold); the first `words` columns hold no numbers."""
+    head, lines = table
+
+    def cell(column: int, text: str) -> tuple[str, str | float, bool]:
+        bare = text.strip("*")
+        number = bare.split()[0].replace(",", "")
+        return (
+            bare,
+            bare if column < words else -1e9 if number == "-" else float(number),
+            (bare != text),
+        )
+
+    return {"head": head, "rows": [[cell(*item) for item in enumerate(row)] for row in lines]}
+
+
+def _told(cells: Sequence[Values]) -> Values:
+    """Where the numbers come from: every machine, commit, partition that any cell names."""
+    timing = [cell["timing"] for cell in cells]
+    return {
+        "Data": sorted({cell["data_hash"][:16] for cell in cells}),
+        "Partition, by seed": [
+            f"{seed}: {fingerprint}"
+            for seed, fingerprint in sorted(
+                {(cell["seed"], cell["partition_fingerprint"]) for cell in cells}
+            )
+        ],
+        "Commit": sorted({cell["commit"][:12] for cell in cells}),
+        "Machine": sorted(
+            {
+                f"{t['gpu'] or t['processor']}, {t['workers']} workers on {t['cores']} cores, "
+                f"torch {t['torch']}"
+                for t in timing
+            }
+        ),
+    }
+
+
+def _common(cells: Sequence[Values]) -> list[tuple[str, str]]:
+    """Settings that all cells share, and `differs` for those they do not."""
+    found: dict[str, set[str]] = {}
+    for cell in cells:
+        for section, values in cell["settings"].items():
+            if section not in ("method", "data"):
+                for key, value in values.items():
+                    found.setdefault(f"{section}.{key}", set()).add(json.dumps(value))
+    return [(key, min(values) if len(values) == 1 else "differs") for key, values in found.items()]
+
+
+def _write_page(page: Path, template: str, content: Values) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # names of clients and classes are whatever the user's data says
@@ -64,8 +160,7 @@ def build_report(root: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "points": _points, "number": _number}
-    html = environment.get_template("report.html.j2").render(_content(root))
-    page = root / "reports" / "index.html"
+    html = environment.get_template(template).render(content)
     page.parent.mkdir(parents=True, exist_ok=True)
     fresh = page.with_suffix(".tmp")
     fresh.write_text(html, encoding="utf-8", errors="replace", newline="\n")
@@ -129,7 +224,7 @@ def _content(root: Path) -> Values:
         "dataset": dataset,
         "data_name": dataset.get("name", settings.data.name),
         "manifest": manifest,
-        "partition_words": _partition_words(settings),
+        "partition_words": _partition_words(settings.partition),
         "sizes": counts.sum(axis=1),
         "cards": _cards(ours, theirs),
         "results": _results(ours, theirs),
@@ -183,8 +278,7 @@ def _table(root: Path, path: str, *columns: str, optional: bool = False) -> pd.D
     return table.reindex(columns=[*table.columns, *missing])
 
 
-def _partition_words(settings: Settings) -> str:
-    partition = settings.partition
+def _partition_words(partition: PartitionSettings) -> str:
     scheme = {
         "dirichlet": f"Dirichlet({partition.alpha:g}) label skew",
         "pathological": f"{partition.classes_per_client} classes a client",
@@ -252,7 +346,8 @@ def _clients(table: pd.DataFrame) -> list[Values]:
 def _parameters(settings: Settings) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """(section, [(key, value, what it means)]) of every setting."""
     sections: list[tuple[str, list[tuple[str, str, str]]]] = []
-    for name, section in settings:
+    for name in settings.model_dump():  # without the search: it is no part of the run
+        section = getattr(settings, name)
         assert isinstance(section, BaseModel)
         values = section.model_dump(mode="json").items()
         fields = type(section).model_fields

@@ -1,28 +1,35 @@
 """Tasks: write figures and models where DVC and people look for them.
 
-Nothing written here holds a time, a speed, a path of the machine or a run id.
+Nothing written here holds a time, a speed, a path of the machine or a run id; cells of comparisons
+alone say how long their training took.
 """
 
 import csv
 import io
 import json
+import os
+import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from fedcoe.bundle import export_models
 from fedcoe.cold_start import NewClient, summary
+from fedcoe.cold_start import rows as new_client_rows
 from fedcoe.config import Settings
 from fedcoe.evaluate import Evaluation
 from fedcoe.state import ServerState, write_atomic
 from tasks import figures
-from tasks.checkpoint import History
+from tasks.checkpoint import History, spent
 from tasks.run import Run
+from tasks.tracking import git_commit
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,20 +107,62 @@ def write_models(run: Run, state: ServerState, history: History) -> Path:
 
 @task(name="write figures", cache_policy=NO_CACHE)
 def write_figures(
-    run: Run, path: Path, history: History, evaluation: Evaluation, new: Sequence[NewClient]
-) -> None:
-    """Write everything measured in a run into one JSON file."""
-    write_json(
-        path,
-        {
-            "train": train_figures(history),
-            "evaluate": evaluation_figures(run.settings, evaluation),
-            "cold_start": summary(new),
-            "clients": [row["accuracy"] for row in evaluation.clients],
-            "curves": history.curves,
-            "settings": run.settings.model_dump(mode="json", exclude={"runtime"}),
-            "dataset": run.data.dataset.info.name,
-            "data_hash": run.data.dataset.info.hash,
-            "partition_fingerprint": run.data.partition.fingerprint,
-        },
-    )
+    run: Run,
+    path: Path,
+    history: History,
+    evaluation: Evaluation,
+    new: Sequence[NewClient],
+    reweighted: tuple[Evaluation, Sequence[NewClient]] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write everything measured in a run into one JSON file: a cell of a comparison.
+
+    A record, so unlike all else here it says how long it took and on what machine.
+
+    Args:
+        reweighted: the same models' figures when predictions are reweighted by label prior.
+        notes: what else the file is to say.
+    """
+    values = {
+        "train": train_figures(history),
+        **_scored(run, evaluation, new),
+        "curves": history.curves,
+        "has_global": run.method.has_global,
+        "settings": run.settings.model_dump(mode="json", exclude={"runtime": {"workers"}}),
+        "dataset": run.data.dataset.info.name,
+        "data_hash": run.data.dataset.info.hash,
+        "partition_fingerprint": run.data.partition.fingerprint,
+        "commit": git_commit(run.root),
+        "timing": {"train_seconds": spent(run), **_machine(run)},
+    }
+    if reweighted:
+        values["reweighted"] = _scored(run, *reweighted)
+    values |= notes or {}
+    write_json(path, values)
+    return values
+
+
+def _scored(run: Run, evaluation: Evaluation, new: Sequence[NewClient]) -> dict[str, Any]:
+    told = ("client", "samples", "accuracy_global", "accuracy")
+    served = new_client_rows(new, run.data)
+    return {
+        "evaluate": evaluation_figures(run.settings, evaluation),
+        "cold_start": summary(new),
+        "clients": [{name: row[name] for name in told} for row in evaluation.clients],
+        "new_clients": [
+            {name: value for name, value in row.items() if not name.startswith("correlation_")}
+            for row in served
+        ],
+    }
+
+
+def _machine(run: Run) -> dict[str, Any]:
+    cpu = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "workers": run.engine.workers,
+        "torch": torch.__version__,
+    }

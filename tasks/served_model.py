@@ -3,24 +3,42 @@
 Nothing is unpickled: this file and the artifacts are all there is.
 """
 
+import base64
+import binascii
+import functools
 import json
+import logging
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
+from numpy.typing import NDArray
 
 from fedcoe.bundle import Bundle, load_bundle
 from fedcoe.errors import FedCoEError
 from fedcoe.prediction import log_posterior
 
+MAX_IMAGES = 16_384
+"""Most images in a request, and most it may bring to be read."""
+MAX_BYTES = 256 * 2**20
+"""Longest request that is parsed."""
+
 
 class Predictor:
-    """uint8 images [n, H, W, C] to probabilities [n, classes] (gate: [n, experts])."""
+    """uint8 images [n, H, W, C] to probabilities [n, classes] (gate: [n, experts]).
+
+    The mixture takes params: `mode` (none, unlabelled, labels); `inputs`, images of the client to
+    read, as base64 of their uint8 bytes [i, H, W, C] (default: the images to predict); in mode
+    `labels` the inputs' `labels` [i], or `label_counts` [classes].
+    """
 
     def load_context(self, context: PythonModelContext) -> None:
         self.config = json.loads(Path(context.artifacts["part"]).read_text())
@@ -37,27 +55,146 @@ class Predictor:
                 (models / "experts").mkdir()
                 shutil.copy(experts, models / "experts")
             self.bundle: Bundle = load_bundle(models, only=only)
+        _refuse_in_one_line()
 
     # Without type hints, and in a class of its own: MLflow takes hints for a schema, warns of the
     # lack of them, and does neither with what a PythonModel inherits. Ours is in the signature.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         try:
-            images = np.asarray(model_input)
+            images = _few(np.asarray(model_input))
             if self.config["part"] == "mixture":
-                given = params or {}
-                counts = given.get("label_counts")
-                log_p = self.bundle.predict(
-                    images,
-                    given.get("mode", "none"),
-                    None if counts is None else np.asarray(counts, np.int64),
-                )
-                return np.asarray(np.exp(log_p))
+                return np.asarray(np.exp(self._mixture(images, params or {})))
             scores = self.bundle.score(images)
             if self.config["part"] == "gate":
                 return np.asarray(np.exp(self.bundle.method.log_gate(self.bundle.state, scores)))
             return np.asarray(np.exp(log_posterior(scores.experts[0])))
         except FedCoEError as error:
             raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from None
+
+    def _mixture(self, images: NDArray[np.uint8], params: Mapping[str, Any]) -> NDArray[np.float64]:
+        mode = params.get("mode", "none")
+        counts, labels = (_integers(params, name) for name in ("label_counts", "labels"))
+        inputs = self._inputs(params["inputs"]) if params.get("inputs") else None
+        # Models used to be registered with zeros as the default.
+        given = counts is not None and bool(counts.any())
+        for name, is_there, modes in (
+            ("label_counts", given, ("labels",)),
+            ("labels", labels is not None, ("labels",)),
+            ("inputs", inputs is not None, ("unlabelled", "labels")),
+        ):
+            if is_there and mode not in modes:
+                raise FedCoEError(f"{name} are for mode {' and '.join(modes)}, not {mode}")
+        return self.bundle.predict(images, mode, counts if given else None, inputs, labels)
+
+    def _inputs(self, text: str) -> NDArray[np.uint8]:
+        shape = self.bundle.method.federation.shape
+        said = f"base64 of uint8 bytes [i, {', '.join(map(str, shape))}]"
+        try:
+            pixels = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            raise FedCoEError(f"inputs must be {said}") from None
+        size = int(np.prod(shape))
+        if not pixels or len(pixels) % size:
+            raise FedCoEError(
+                f"inputs hold {len(pixels)} bytes, not a multiple of {size}; they must be {said}"
+            )
+        return _few(np.frombuffer(pixels, np.uint8).reshape(-1, *shape))
+
+
+def _few(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if len(images) > MAX_IMAGES:
+        raise FedCoEError(f"{len(images)} images in one request; at most {MAX_IMAGES}")
+    return images
+
+
+def _integers(params: Mapping[str, Any], name: str) -> NDArray[np.int64] | None:
+    values = params.get(name)
+    if values is None or not len(values):
+        return None
+    try:
+        return np.array(values, np.int64)
+    except OverflowError:
+        raise FedCoEError(f"{name} has a number that is too large") from None
+
+
+def _refuse_in_one_line() -> None:
+    """Make MLflow's scoring server, where this process is one, refuse requests in plain words.
+
+    By itself it casts what JSON holds to the signature's uint8, so that 0.7 becomes 0 and is
+    predicted; copies nested lists number by number, which takes longer than predicting; ignores
+    params it does not know; and answers some mistakes with a stack trace.
+    """
+    server = sys.modules.get("mlflow.pyfunc.scoring_server")
+    served: Callable[..., Any] | None = getattr(server, "invocations", None)
+    if served is not None and not hasattr(served, "strict"):
+        server.invocations = strict(served)  # type: ignore[union-attr]
+
+
+def strict(served: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap MLflow's `invocations(data, content_type, model, input_schema)`."""
+    from mlflow.pyfunc.scoring_server import InvocationsResponse
+
+    @functools.wraps(served)
+    def invocations(data: bytes, content_type: str | None, model: Any, input_schema: Any) -> Any:
+        if (content_type or "").split(";")[0].strip() != "application/json":
+            return InvocationsResponse("send application/json", 415, "text/plain")
+        if len(data) > MAX_BYTES:
+            said = f"the request has {len(data)} bytes, at most {MAX_BYTES} are taken"
+            return InvocationsResponse(said, 413, "text/plain")
+        try:
+            # MLflow takes requests that are parsed already.
+            request = _parse(data, {spec.name for spec in model.metadata.get_params_schema() or ()})
+            return served(request, content_type, model, input_schema)
+        except FedCoEError as error:
+            raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from None
+        except MlflowException as error:
+            if trace := error.json_kwargs.pop("stack_trace", None):
+                logging.getLogger(__name__).error("%s\n%s", error.message, trace)
+            # What comes before is the whole request, printed.
+            error.message = error.message.rsplit("Error: ", 1)[-1]
+            raise
+
+    invocations.strict = True  # type: ignore[attr-defined]
+    return invocations
+
+
+def _parse(data: bytes, known: set[str]) -> dict[str, Any]:
+    def refuse(number: str) -> None:
+        raise FedCoEError(f"{number} is in the request; numbers must be integers, pixels 0 to 255")
+
+    try:
+        request = json.loads(data, parse_float=refuse, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise FedCoEError(f"the request is no JSON: {error}") from None
+    if not isinstance(request, dict) or len({"inputs", "instances"} & set(request)) != 1:
+        raise FedCoEError('the request must be {"inputs": images [, "params": {...}]}')
+    params = request.get("params") or {}
+    if not isinstance(params, dict):
+        raise FedCoEError("params must be an object")
+    if unknown := sorted({*request} - {"inputs", "instances", "params"}) + sorted(
+        f"params.{name}" for name in set(params) - known
+    ):
+        raise FedCoEError(f"{unknown[0]} is unknown; params: {', '.join(sorted(known)) or 'none'}")
+    for name, value in params.items():
+        if isinstance(value, list) and any(type(item) is not int for item in value):
+            raise FedCoEError(f"params.{name} must be a list of integers")
+    images = _pixels(request.get("inputs", request.get("instances")))
+    return {"inputs": list(images), "params": params}
+
+
+def _pixels(images: Any) -> NDArray[np.uint8]:
+    if not isinstance(images, list) or not images:
+        raise FedCoEError("inputs must be a list of images, at least one")
+    try:
+        pixels = np.array(images)
+    except ValueError:
+        raise FedCoEError("inputs must be images of one shape; rows differ in length") from None
+    if pixels.dtype.kind not in "iu":
+        raise FedCoEError("inputs must hold integers, pixels 0 to 255, and nothing else")
+    low, high = int(pixels.min(initial=255)), int(pixels.max(initial=0))
+    if low < 0 or high > 255:
+        raise FedCoEError(f"inputs hold {low if low < 0 else high}; pixels are 0 to 255")
+    return pixels.astype(np.uint8)
 
 
 class ServedModel(Predictor, PythonModel):

@@ -33,6 +33,8 @@ def use_default_stores(root: Path) -> None:
     """Point MLflow at SQLite and a folder under `.fedcoe/`, unless the environment says else."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # MLflow's own 7 retries keep a run waiting four minutes for a server that is not there.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     folder = (root / ".fedcoe").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
@@ -111,7 +113,8 @@ def start_tracking(run: Run, tags: Mapping[str, str]) -> Tracking:
             client.update_run(tracking.run_id, status="RUNNING")
             return tracking
         settings = run.settings
-        name = f"{settings.method.name} · {run.data.dataset.info.name} · seed {settings.train.seed}"
+        words = (settings.method.name, tags.get("row"), run.data.dataset.info.name)
+        name = f"{' · '.join(word for word in words if word)} · seed {settings.train.seed}"
         created = client.create_run(_experiment(run.root), run_name=name, tags=dict(tags))
         from mlflow.entities import Param, RunTag
 
@@ -248,7 +251,9 @@ def _register(
         params = ParamSchema(
             [
                 ParamSpec("mode", "string", "none"),
-                ParamSpec("label_counts", "long", [0] * run.method.federation.classes, (-1,)),
+                ParamSpec("inputs", "string", ""),
+                ParamSpec("labels", "long", [], (-1,)),
+                ParamSpec("label_counts", "long", [], (-1,)),
             ]
         )
     signature = ModelSignature(
@@ -293,3 +298,119 @@ def registered_experts() -> Sequence[dict[str, str]]:
                 | dict(version.tags)
             )
     return sorted(rows, key=lambda row: (row["name"], -int(row["version"])))
+
+
+def start_study(
+    root: Path, memo: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> Tracking:
+    """Open the MLflow run of a search, the parent of its trials' runs; `memo` remembers its id."""
+    tracking = Tracking()
+    with tracking._passing("search"):
+        use_default_stores(root)
+        from mlflow import MlflowClient, MlflowException
+        from mlflow.entities import Param
+
+        client = MlflowClient()
+        if memo.exists():
+            try:
+                tracking.run_id = client.get_run(memo.read_text()).info.run_id
+                client.update_run(tracking.run_id, status="RUNNING")
+                return tracking
+            except MlflowException:  # another store than last time
+                pass
+        created = client.create_run(_experiment(root), run_name=name, tags=dict(tags))
+        shown = [Param(key, str(value)[:6000]) for key, value in flat(params).items()]
+        client.log_batch(created.info.run_id, params=shown)
+        memo.write_text(created.info.run_id)
+        tracking.run_id = created.info.run_id
+    return tracking
+
+
+def log_trials(study: Tracking, root: Path, trials: Sequence[Mapping[str, Any]]) -> None:
+    """One run a trial under the study's; those that are there already are left alone.
+
+    Args:
+        trials: `number`, `state`, `value`, `params`, `curve` (figures by round), `error` of each.
+    """
+    if study.run_id is None:
+        return
+    with study._passing("trials"):
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param, RunTag
+
+        client, experiment = MlflowClient(), _experiment(root)
+        # A study of more than 50,000 trials would log some of them twice.
+        found = client.search_runs(
+            [experiment], f"tags.mlflow.parentRunId = '{study.run_id}'", max_results=50_000
+        )
+        children = {run.data.tags.get("trial") for run in found}
+        for trial in trials:
+            if str(trial["number"]) in children:
+                continue
+            tags = {"mlflow.parentRunId": study.run_id, "role": "trial"}
+            tags |= {"trial": str(trial["number"])}
+            run_id = client.create_run(
+                experiment, run_name=f"trial {trial['number']}", tags=tags
+            ).info.run_id
+            now = int(time.time() * 1000)
+            metrics = [
+                Metric(f"validation_{name}", value, now, row["round"])
+                for row in trial["curve"]
+                for name, value in row.items()
+                if name != "round"
+            ]
+            if trial["value"] is not None:
+                metrics.append(Metric("objective", trial["value"], now, 0))
+            said = [RunTag("state", trial["state"])]
+            said += [RunTag("error", trial["error"][:5000])] if trial["error"] else []
+            params = [Param(key, str(value)) for key, value in trial["params"].items()]
+            client.log_batch(run_id, metrics=metrics, params=params, tags=said)
+            client.set_terminated(run_id, "FAILED" if trial["state"] == "failed" else "FINISHED")
+
+
+def log_row(
+    parent: Tracking,
+    root: Path,
+    tags: Mapping[str, str],
+    cell: Mapping[str, Any],
+    final: Mapping[str, float],
+) -> None:
+    """A run under a comparison's for figures that took no training of their own."""
+    if parent.run_id is None:
+        return
+    with parent._passing("row"):
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        said = {"role": "cell", "method": cell["method"], "dataset": cell["dataset"]} | dict(tags)
+        said |= {name: cell[name] for name in ("data_hash", "partition_fingerprint")}
+        name = f"{cell['method']} · {tags['row']} · {cell['dataset']} · seed {cell['seed']}"
+        made = MlflowClient().create_run(_experiment(root), run_name=name, tags=said)
+        params = [Param(key, str(value)) for key, value in flat(cell["settings"]).items()]
+        MlflowClient().log_batch(made.info.run_id, params=params)
+        row = Tracking(made.info.run_id)
+        row.log_metrics({"final": final}, cell["train"]["rounds"])
+        row.finish("FINISHED")
+
+
+def log_tables(parent: Tracking, folder: Path) -> None:
+    """Keep a comparison's tables, figures and page with its run."""
+    if parent.run_id is None:
+        return
+    with parent._passing("tables"):
+        from mlflow import MlflowClient
+
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                MlflowClient().log_artifact(parent.run_id, str(path))
+
+
+def log_files(tracking: Tracking, folder: Path, figures: Mapping[str, float]) -> None:
+    """Keep a folder's files with a run, and its headline figures."""
+    if tracking.run_id is None:
+        return
+    tracking.log_metrics(figures, 0)
+    with tracking._passing("files"):
+        from mlflow import MlflowClient
+
+        MlflowClient().log_artifacts(tracking.run_id, str(folder))

@@ -185,7 +185,7 @@ def test_an_unknown_method_is_answered_with_those_there_are(params):
 def test_settings_survive_their_own_json(params):
     found = load_settings(PARAMS, ["method.experts=3", "method.gate_every=2"])
     again = validate_settings(found.model_dump(mode="json"), "copy")
-    assert again == found
+    assert again == found.model_copy(update={"tune": Settings().tune})
     assert again.method.gate_every == 2
 
 
@@ -204,3 +204,32 @@ def test_the_fingerprint_names_the_values_of_the_sections_asked_for(params):
     deep = load_settings(path, ["method.gate_temperature=0.4"])
     assert one.fingerprint() != deep.fingerprint()
     assert len(one.fingerprint()) == 16
+
+
+@pytest.mark.parametrize(
+    ("searched", "said"),
+    [
+        ("{low: 1}", "give {low: ..., high: ...} or {choices: [...]}"),
+        ("{choices: []}", "give {low: ..., high: ...} or {choices: [...]}"),
+        ("{low: 2, high: 1}", "low = 2 must be less than high = 1"),
+        ("{low: 0, high: 1, log: true}", "log needs low > 0"),
+        ("{low: 1, high: 2, log: true, step: 1}", "no step"),
+        ("{choices: [1], low: 0}", "not both"),
+        ("{lo: 1, high: 2}", "unknown key"),
+        ("{low: .inf, high: 2}", "finite"),
+        ("0.1", "dictionary"),
+    ],
+)
+def test_a_search_that_means_nothing_is_refused_with_the_key_it_is_for(params, searched, said):
+    path = params(f"tune: {{space: {{train.lr: {searched}}}}}")
+    message = refused(path)
+    assert message.startswith(f"{path}: tune.space.train.lr")
+    assert said in message
+
+
+def test_what_is_trained_is_named_without_the_search(params):
+    path = params()
+    one, two = load_settings(path), load_settings(path, ["tune.trials=3", "tune.seed=5"])
+    assert two.tune.trials == 3
+    assert one.fingerprint() == two.fingerprint()
+    assert one.model_dump() == two.model_dump()

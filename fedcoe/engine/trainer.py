@@ -197,7 +197,7 @@ class Trainer:
                         batch = move(batch, torch.from_numpy(drawn.moves).to(self.device))
                     r = None if weights is None else weights[rows]
                     x = self.prepare(batch).to(flat.dtype)
-                    if phase.part == "head":
+                    if phase.part == "head" and type(model).forward is Expert.forward:
                         # Nothing below the head is trained, so nothing is kept for its gradient.
                         with torch.no_grad():
                             hidden = model.features(x)

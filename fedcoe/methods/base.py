@@ -187,7 +187,7 @@ class Scores:
     personal: NDArray[np.float32] | None = None
     """[n, C] logits of the client's personal expert."""
 
-    def rows(self, part: slice) -> "Scores":
+    def rows(self, part: slice | NDArray[np.int64]) -> "Scores":
         """The same outputs for some of the images."""
 
         def cut(a: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
@@ -415,17 +415,20 @@ class Method:
             if not np.all(np.isfinite(trained.vector)):
                 result.dropped["not finite" if fit.name >= 0 else "personal not finite"] += 1
                 continue
-            if fit.name < 0 or self.keeps_trained:
+            if fit.name < 0:
                 side.personal.save(fit.client, state.round + 1, trained.vector)
                 result.personal.append(fit.client)
-            if fit.name < 0:
                 continue
             order = by_client[fit.client]
             weight = order.weights[order.experts.index(fit.name)]
+            kept = trained.vector.copy() if self.keeps_trained else None
             # In place: the trained vector is not needed any more, and it is large.
             delta = np.subtract(trained.vector, state.experts[fit.name], out=trained.vector)
             if not add_at(result, fit.name, delta, weight):
                 continue
+            if kept is not None:
+                side.personal.save(fit.client, state.round + 1, kept)
+                result.personal.append(fit.client)
             result.losses.append(trained.loss * trained.images)
             result.samples += trained.images
             self.note(side, state, result, fit, delta)

@@ -65,10 +65,7 @@ class FedPer(Method):
 
     def fits(self, side: ClientSide, state: ServerState, order: Order) -> list[Fit]:
         fits = super().fits(side, state, order)
-        last = int(state.personal_round[order.client])
-        if not last:
-            return fits
-        own = side.personal.load(order.client, last)
+        own = self.personal_start(side, state, order.client)
         return [replace(fit, start=self.with_own(fit.start, own)) for fit in fits]
 
     def server_step(self, state: ServerState, update: NDArray[np.float64]) -> ServerState:

@@ -4,6 +4,7 @@
         local train     body and generic head on balanced softmax;
                         the private head on plain cross-entropy of generic + private logits,
                         whose gradient reaches nothing but the private head
+                        (one `train.clip_norm` covers all parts together)
         aggregate       body and generic head, weighted by n_k
 
 Here the private head starts at zero and is linear (the paper's hypernetwork variant is not built).

@@ -66,15 +66,15 @@ class Scaffold(Method):
         assert fit.correction is not None
         work, counts = self.work(state.round + 1), self.federation.train_counts
         steps = effective_steps(work.steps(int(counts[fit.client])), work.momentum)
-        change = -fit.correction - delta / np.float32(work.lr * steps)
+        old = self.variate(side, state, fit.client)
+        # -correction is c_k - c.
+        new = -fit.correction - delta / np.float32(work.lr * steps)
+        change = new - old
         if not np.abs(change).max() < LARGEST:
             result.dropped["variate too large"] += 1
             return
-        old = self.variate(side, state, fit.client)
-        # Exactly what the server adds, so that c stays the mean of all c_k.
-        new = old + change
         total = result.extra.setdefault("variate", ExactSum.zeros(len(change)))
-        total.add(new - old, float(counts[fit.client] / counts.sum()))
+        total.add(change, float(counts[fit.client] / counts.sum()))
         side.personal.save(fit.client, state.round + 1, new)
         result.personal.append(fit.client)
 

@@ -112,7 +112,7 @@ def _assemble(root: Path, trained: list[_Item], tested: list[_Item]) -> RawDatas
 
 
 def _items(folder: Path, root: Path) -> list[_Item]:
-    files = list(_walk(folder, root, depth=1))
+    files = list(walk_images(folder, root, depth=1))
     if not files:
         raise FedCoEError(f"{folder}: holds no images ({', '.join(sorted(_SUFFIXES))})")
     by_depth = {len(file.relative_to(folder).parts): file for file in files}
@@ -135,7 +135,7 @@ def _ignored(entry: Path) -> bool:
     return entry.name.startswith(".") or entry.suffix.lower() in _IGNORED
 
 
-def _walk(folder: Path, root: Path, depth: int) -> Iterator[Path]:
+def walk_images(folder: Path, root: Path, depth: int) -> Iterator[Path]:
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if _ignored(entry):
             continue
@@ -150,7 +150,7 @@ def _walk(folder: Path, root: Path, depth: int) -> Iterator[Path]:
                 raise FedCoEError(
                     f"{entry}: is too deep; use class/image or client/class/image throughout"
                 )
-            yield from _walk(entry, root, depth + 1)
+            yield from walk_images(entry, root, depth + 1)
         elif entry.suffix.lower() in _SUFFIXES and entry.is_file():
             yield entry
         else:

@@ -1,0 +1,123 @@
+"""One client's images, labelled or not, as a trained model takes them: a folder or an .npz."""
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcoe.data.sources.arrays import as_images, check_sizes
+from fedcoe.data.sources.folder import read_header, read_pixels, walk_images
+from fedcoe.errors import FedCoEError
+
+
+class ClientImages(NamedTuple):
+    """n images of one client."""
+
+    names: list[str]
+    images: NDArray[np.uint8]
+    """[n, H, W, C]."""
+    labels: NDArray[np.int64] | None
+    """[n], indices into the model's classes."""
+
+
+def read_client(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> ClientImages:
+    """Read a client's data.
+
+    Args:
+        path: a folder with images right in it (unlabelled) or in one sub-folder a class, named
+            like the model's classes; or an .npz with `x` or `images` and, if labelled, `y` or
+            `labels` (indices or names of classes).
+        shape: height, width, channels; files are resized and converted, arrays must fit.
+        classes: the model's, in their order.
+
+    Raises:
+        FedCoEError: naming the file and what is wrong with it.
+    """
+    if path.is_dir():
+        return _folder(path, shape, classes)
+    if not path.exists():
+        raise FedCoEError(f"{path}: is not there; name a folder of images or an .npz")
+    try:
+        return _arrays(path, shape, classes)
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
+        raise FedCoEError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _folder(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> ClientImages:
+    root = path.resolve()
+    files = list(walk_images(root, root, depth=1))
+    if not files:
+        raise FedCoEError(f"{path}: holds no images")
+    names = [str(file.relative_to(root)) for file in files]
+    tops = {file.relative_to(root).parts[:-1] for file in files}
+    if () in tops and len(tops) > 1:
+        raise FedCoEError(
+            f"{path}: has images both in it and in sub-folders; all flat (unlabelled), "
+            "or one sub-folder a class"
+        )
+    if () not in tops:
+        for top in sorted(tops):
+            if len(top) > 1 or top[0] not in classes:
+                raise FedCoEError(
+                    f"{path / Path(*top)}: is no class of the model ({_few(classes)}); "
+                    "images without labels lie flat in the folder"
+                )
+    for file in files:
+        read_header(file)
+    height, width, channels = shape
+    pixels = read_pixels(files, (width, height), "L" if channels == 1 else "RGB")
+    if () in tops:
+        return ClientImages(names, pixels, None)
+    index = {name: i for i, name in enumerate(classes)}
+    return ClientImages(names, pixels, np.array([index[file.parent.name] for file in files]))
+
+
+def _arrays(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> ClientImages:
+    check_sizes(path, (), ("x", "images", "y", "labels"))
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    images = _one_of(arrays, "x", "images")
+    if images is None:
+        raise ValueError("has no array x (or images)")
+    # A copy: transposed views would change the last bits of convolutions.
+    pixels = np.array(as_images("x", images), order="C")
+    if pixels.shape[1:] != shape or not len(pixels):
+        raise ValueError(f"x is {list(pixels.shape)}, the model takes [n, {_few(shape)}]")
+    labels = _one_of(arrays, "y", "labels")
+    names = [str(row) for row in range(len(pixels))]
+    return ClientImages(
+        names, pixels, None if labels is None else _labels(labels, len(pixels), classes)
+    )
+
+
+def _one_of(arrays: dict[str, NDArray[Any]], *names: str) -> NDArray[Any] | None:
+    found = [name for name in names if name in arrays]
+    if len(found) > 1:
+        raise ValueError(f"has both {found[0]} and {found[1]}; leave one out")
+    return arrays[found[0]] if found else None
+
+
+def _labels(labels: NDArray[Any], count: int, classes: Sequence[str]) -> NDArray[np.int64]:
+    if labels.shape != (count,) or labels.dtype.kind not in "iuU":
+        raise ValueError(
+            f"y is {labels.dtype} {list(labels.shape)}, must be {count} indices or names of classes"
+        )
+    if labels.dtype.kind == "U":
+        if unknown := sorted(set(labels.tolist()) - set(classes)):
+            raise ValueError(f"y has {unknown[0]!r}, no class of the model ({_few(classes)})")
+        index = {name: i for i, name in enumerate(classes)}
+        return np.array([index[name] for name in labels.tolist()])
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(
+            f"y runs from {labels.min()} to {labels.max()}, "
+            f"the model knows 0 to {len(classes) - 1} ({_few(classes)})"
+        )
+    return labels.astype(np.int64)
+
+
+def _few(items: Sequence[Any]) -> str:
+    return ", ".join(map(str, items[:10])) + ", ..." * (len(items) > 10)
