@@ -88,11 +88,19 @@ _side: ClientSide | None = None
 
 def _start(site: Site, started: Any) -> None:
     global _side
-    # Ctrl-C is the parent's to answer; workers end with it.
+    # Ctrl-C is the parent's to answer; workers end with it, also when it is killed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with started.get_lock():
         worker, started.value = started.value, started.value + 1
     _side = site.open(worker)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _call(function: Callable[..., R], args: tuple[object, ...]) -> R:

@@ -1,5 +1,9 @@
 import os
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +91,41 @@ def test_a_worker_that_dies_once_is_replaced_and_one_that_dies_twice_is_an_error
     with pytest.raises(FedCoEError, match="died twice"):
         engine.run(die)
     assert engine.map(add, 1, over=[1, 2, 3]) == [2, 3, 4]
+
+
+ORPHANED = """
+import os, sys, time
+from pathlib import Path
+from fedcoe.engine.pool import Engine, Site
+
+if __name__ == "__main__":
+    data, partitions, personal = map(Path, sys.argv[1:])
+    with Engine(Site(data, partitions, personal, "gn_cnn"), 2) as engine:
+        print(*engine.map(worker, over=[0.5, 0.5]), flush=True)
+        time.sleep(60)
+"""
+WORKER = """
+import os, time
+
+def worker(side, seconds):
+    time.sleep(seconds)
+    return os.getpid()
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(world, tmp_path):
+    (tmp_path / "work.py").write_text(WORKER)
+    script = tmp_path / "main.py"
+    script.write_text("from work import worker\n" + ORPHANED)
+    arguments = [world.folder / "data", world.folder / "partitions", tmp_path / "own"]
+    with subprocess.Popen(
+        [sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(set(workers)) == 2
+        parent.kill()
+    ends = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
