@@ -5,6 +5,7 @@ goes on. Stores are embedded under `.fedcoe/` unless MLFLOW_TRACKING_URI names o
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -22,7 +23,9 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from fedcoe import __version__
+from fedcoe.bundle import layout_of
 from fedcoe.evaluate import Evaluation
+from tasks.model_card import Lineage, card, expert_tags
 from tasks.run import Run
 
 EXPERIMENT = "fedcoe"
@@ -174,10 +177,14 @@ def register_models(
     models: Path,
     evaluation: Evaluation,
     cold_start: Mapping[str, Mapping[str, float]],
+    drift: Sequence[float] = (),
 ) -> list[str]:
     """Register the mixture, the gate and each expert; the new versions become `candidate`.
 
-    Version tags carry the figures a person picks by.
+    Version tags carry the figures a person picks by, descriptions are model cards.
+
+    Args:
+        drift: per expert, of the last round.
     """
     if tracking.run_id is None:
         return []
@@ -195,7 +202,19 @@ def register_models(
             "partition_fingerprint": run.data.partition.fingerprint,
             "accuracy_global": f"{evaluation.overall['accuracy']:.4f}",
             "accuracy_personalized": f"{evaluation.personalized['accuracy']:.4f}",
+            "git_commit": git_commit(run.root),
         } | {f"accuracy_cold_{mode}": f"{v['accuracy']:.4f}" for mode, v in cold_start.items()}
+        parameters = sum(math.prod(shape) for shape in layout_of(run.method).values())
+        partition = run.data.partition
+        lineage = Lineage(
+            run.settings,
+            run.data.dataset.info,
+            partition.fingerprint,
+            partition.seen,
+            partition.new,
+            shared["git_commit"],
+            tracking.run_id,
+        )
         parts: list[tuple[str, dict[str, Any], dict[str, str]]] = [
             ("fedcoe", {"part": "mixture"}, shared)
         ]
@@ -204,6 +223,8 @@ def register_models(
         for row in evaluation.experts:
             own = {"accuracy": f"{row['accuracy']:.4f}", "load": f"{row['load']:.4f}"}
             own |= {"clients": str(row["clients"])}
+            moved = drift[row["expert"]] if drift else 0.0
+            own |= expert_tags(row, evaluation.clients, parameters, moved)
             parts.append(
                 (
                     f"fedcoe-expert-{row['expert']}",
@@ -218,7 +239,12 @@ def register_models(
             for name, config, tags in parts:
                 part = Path(scratch) / "part.json"
                 part.write_text(json.dumps(config))
-                _register(name, config, {"part": part}, tags, models, run)
+                rows = [r for r in evaluation.experts if r["expert"] == config.get("expert")]
+                text = card(name, lineage, tags, rows[0] if rows else None)
+                described = Path(scratch) / "model_card.md"
+                described.write_text(text)
+                files = {"part": part, "card": described}
+                _register(name, config, files, tags, models, run, text)
                 registered.append(name)
     return registered
 
@@ -230,6 +256,7 @@ def _register(
     tags: Mapping[str, str],
     models: Path,
     run: Run,
+    description: str,
 ) -> None:
     import mlflow
     import numpy as np
@@ -272,7 +299,12 @@ def _register(
     if not client.search_registered_models(f"name='{name}'"):
         client.create_registered_model(name)
     version = client.create_model_version(
-        name, info.model_uri, info.run_id, model_id=info.model_id, tags=dict(tags)
+        name,
+        info.model_uri,
+        info.run_id,
+        model_id=info.model_id,
+        tags=dict(tags),
+        description=description,
     )
     client.set_registered_model_alias(name, "candidate", version.version)
 
@@ -414,3 +446,19 @@ def log_files(tracking: Tracking, folder: Path, figures: Mapping[str, float]) ->
         from mlflow import MlflowClient
 
         MlflowClient().log_artifacts(tracking.run_id, str(folder))
+
+
+def version_of(tags: Mapping[str, str]) -> str | None:
+    """The version of the mixture that the run with these tags registered; None if there is none."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    found = client.get_experiment_by_name(EXPERIMENT)
+    asked = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    runs = client.search_runs([found.experiment_id], asked) if found else []
+    versions = [
+        int(version.version)
+        for run in runs
+        for version in client.search_model_versions(f"name='fedcoe' and run_id='{run.info.run_id}'")
+    ]
+    return str(max(versions)) if versions else None

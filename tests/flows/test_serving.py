@@ -35,7 +35,9 @@ def strictly() -> Ask:
             raise MlflowException(
                 "Failed to predict data '[13]'. \nError: it is 13", stack_trace="x"
             )
-        return SimpleNamespace(status=200, response=json.dumps(data))
+        assert all(image.dtype == np.uint8 for image in data["inputs"])
+        images = [image.tolist() for image in data["inputs"]]
+        return SimpleNamespace(status=200, response=json.dumps(data | {"inputs": images}))
 
     def ask(body: Any, content_type: str | None = "application/json") -> tuple[int, str]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

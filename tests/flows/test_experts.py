@@ -1,0 +1,65 @@
+"""Picking: what `fedcoe experts` and the registry's pages say of every version."""
+
+import csv
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcoe.errors import FedCoEError
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_every_version_has_a_card_as_description_and_artifact(stores: Any, tmp_path: Path) -> None:
+    from mlflow.artifacts import download_artifacts
+
+    for model in stores.search_registered_models():
+        version = stores.get_model_version_by_alias(model.name, "candidate")
+        assert version.description.startswith(f"# {model.name}\n\n## Intended use")
+        assert f"`{version.run_id}`" in version.description
+        uri = f"models:/{model.name}/{version.version}"
+        folder = Path(download_artifacts(uri, dst_path=str(tmp_path / model.name)))
+        assert (folder / "artifacts/model_card.md").read_text() == version.description
+
+
+def test_experts_tags_agree_with_the_evaluation(project: Path, stores: Any) -> None:
+    rows = list(csv.DictReader((project / "plots/experts.csv").open()))
+    clients = list(csv.DictReader((project / "plots/clients.csv").open()))
+    size = (project / "models/experts/expert-0.safetensors").stat().st_size
+    for row in rows:
+        tags = stores.get_model_version_by_alias(f"fedcoe-expert-{row['expert']}", "candidate").tags
+        for name, value in json.loads(tags["accuracy_by_class"]).items():
+            assert value == pytest.approx(float(row[f"accuracy_class_{name}"]), abs=1e-4)
+        best = {
+            c["client"]
+            for c in clients
+            if float(c[f"expert_accuracy_{row['expert']}"])
+            == max(float(v) for k, v in c.items() if k.startswith("expert_accuracy_"))
+        }
+        assert {part.split(" ")[0] for part in tags["serves_best"].split(", ") if part} == best
+        assert float(tags["drift"]) > 0
+        assert int(tags["bytes"]) == pytest.approx(size, rel=0.05)
+        assert tags["git_commit"] == "unknown" and tags["data_hash"]
+
+
+def test_the_command_lists_them_and_shows_a_card(project: Path, fedcoe_command: Command) -> None:
+    listed = fedcoe_command(project, "experts", COLUMNS="200")
+    assert listed.returncode == 0
+    assert all(word in listed.stdout for word in ("fedcoe-expert-1", "serves best", "drift"))
+    shown = fedcoe_command(project, "experts", "fedcoe-expert-1")
+    assert shown.stdout.startswith("# fedcoe-expert-1")
+    assert "## Limits" in shown.stdout and "| class | accuracy alone |" in shown.stdout
+
+
+def test_a_card_that_is_not_there_is_a_users_mistake(stores: Any) -> None:
+    from tasks.model_card import registered_card
+
+    assert registered_card("fedcoe", "1") == registered_card("fedcoe")
+    with pytest.raises(FedCoEError, match="no model 'fedcoe-expert-9'"):
+        registered_card("fedcoe-expert-9")
+    with pytest.raises(FedCoEError, match="version 7 has no card; versions with one: 1"):
+        registered_card("fedcoe", "7")

@@ -1,0 +1,229 @@
+"""Candidate against champion: a worse one is refused, a better one promoted, one of two wins."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcoe.errors import FedCoEError
+
+WORSE = ["train.rounds=1", "train.lr=1e-5", "method.experts=3"]
+
+
+@pytest.fixture(scope="module")
+def trained_twice(
+    new_project: Callable[..., Path], run_training: Callable[..., dict[str, float]]
+) -> Path:
+    """Version 1 is made worse on purpose, with three experts; version 2 has two."""
+    # A coordination head does well on features that were never trained.
+    root = new_project(method={"coordination_head": False})
+    run_training(root, WORSE)
+    run_training(root)
+    return root
+
+
+@pytest.fixture
+def registry(trained_twice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A copy of the project's MLflow database, and a client of it."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    shutil.copy(trained_twice / ".fedcoe/mlflow.db", tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return MlflowClient(uri)
+
+
+def champions(registry: Any) -> dict[str, str]:
+    return {
+        model.name: str(model.aliases["champion"])
+        for model in registry.search_registered_models()
+        if "champion" in model.aliases
+    }
+
+
+FIRST = {"fedcoe": "1", "fedcoe-gate": "1"} | {f"fedcoe-expert-{m}": "1" for m in range(3)}
+SECOND = {"fedcoe": "2", "fedcoe-gate": "2"} | {f"fedcoe-expert-{m}": "2" for m in range(2)}
+
+
+def test_the_first_is_promoted_then_a_better_one_and_a_worse_one_is_refused(
+    trained_twice: Path, registry: Any, prefect_api: str
+) -> None:
+    from prefect.artifacts import Artifact
+
+    from flows.release import release
+
+    first = release(str(trained_twice), "1")
+    assert (first["verdict"], first["champion"], first["table"]) == ("promoted", None, [])
+    assert champions(registry) == FIRST
+
+    better = release(str(trained_twice))
+    assert (better["verdict"], better["champion"], better["version"]) == ("promoted", "1", "2")
+    # Expert 2 has no successor: nobody may take the old one for the champion's.
+    assert champions(registry) == SECOND
+
+    worse = release(str(trained_twice), "1")
+    assert (worse["verdict"], worse["promoted"]) == ("refused", False)
+    assert champions(registry) == SECOND
+    assert {row["verdict"] for row in worse["table"]} & {"falls"}
+
+    version = registry.get_model_version("fedcoe", "1")
+    assert version.tags["release_verdict"] == "refused"
+    assert version.tags["release_champion"] == "2"
+    assert json.loads(version.tags["release_table"]) == worse["table"]
+    assert registry.get_run(version.run_id).data.tags["release_verdict"] == "refused"
+    page = str(Artifact.get("release-verdict").data)
+    assert page.startswith("# Version 1: refused")
+    assert all(row["figure"] in page for row in worse["table"])
+
+    with pytest.raises(FedCoEError, match="champion already"):
+        release(str(trained_twice), "2")
+
+
+def test_promotion_and_rollback_by_hand_move_all_parts_together(registry: Any) -> None:
+    from tasks.release import aliased, move_alias, rollback_champion
+
+    with pytest.raises(FedCoEError, match="no champion"):
+        rollback_champion()
+    move_alias("champion", "1", None)
+    with pytest.raises(FedCoEError, match="first champion"):
+        rollback_champion()
+    move_alias("champion", "2", "1")
+    assert champions(registry) == SECOND
+    assert rollback_champion() == ("2", "1")
+    assert champions(registry) == FIRST
+    with pytest.raises(FedCoEError, match="first champion"):
+        rollback_champion()
+    move_alias("candidate", "1", aliased("candidate"))
+    assert registry.get_model_version_by_alias("fedcoe-expert-1", "candidate").version == 1
+    assert champions(registry) == FIRST
+    with pytest.raises(FedCoEError, match=r"no version 9.*there are: 1, 2"):
+        move_alias("champion", "9", "1")
+
+
+def test_rollback_after_a_kill_between_note_and_move_goes_to_the_last_real_champion(
+    registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import release
+
+    release.move_alias("champion", "1", None)
+    release.move_alias("champion", "2", "1")
+    with monkeypatch.context() as broken:
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        broken.setattr(release, "_point", killed)
+        with pytest.raises(KeyboardInterrupt):
+            release.move_alias("champion", "1", "2")
+    assert champions(registry) == SECOND
+    assert release.rollback_champion() == ("2", "1")
+
+
+RACER = """
+import sys, time
+from mlflow import MlflowClient
+from fedcoe.errors import FedCoEError
+from tasks import release
+seen = release.aliased("champion")
+slow = release._point
+def point(*args):
+    time.sleep(1)  # without the lock both would have compared by now
+    slow(*args)
+release._point = point
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    release.move_alias("champion", sys.argv[1], seen)
+    print("won")
+except FedCoEError as error:
+    print(f"lost: {error}")
+"""
+
+
+def test_of_two_processes_that_release_at_once_one_wins(registry: Any) -> None:
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, version],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for version in ("1", "2")
+    ]
+    try:
+        for racer in racers:
+            assert racer.stdout is not None
+            assert racer.stdout.readline() == "ready\n"
+        for racer in racers:
+            assert racer.stdin is not None
+            racer.stdin.write("go\n")
+            racer.stdin.flush()
+        said = [racer.communicate(timeout=60)[0] for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+    winner = said.index("won\n")
+    assert "lost: champion moved from version none to" in said[1 - winner]
+    assert champions(registry) == (FIRST, SECOND)[winner]
+    assert json.loads(registry.get_registered_model("fedcoe").tags["champion_history"]) == [
+        str(winner + 1)
+    ]
+
+
+def test_a_version_for_other_images_is_not_compared(
+    trained_twice: Path, registry: Any, tmp_path: Path
+) -> None:
+    from tasks.release import grade_model
+
+    shutil.copytree(trained_twice, tmp_path / "other", ignore=shutil.ignore_patterns(".fedcoe"))
+    info = tmp_path / "other/data/dataset.json"
+    values = json.loads(info.read_text())
+    values["classes"][0] = "naught"
+    info.write_text(json.dumps(values))
+    with pytest.raises(FedCoEError, match="nothing to compare"):
+        grade_model.fn(tmp_path / "other", "2")
+
+
+def test_both_aliases_of_a_version_are_listed(
+    trained_twice: Path,
+    registry: Any,
+    tmp_path: Path,
+    fedcoe_command: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    from tasks.release import move_alias
+
+    move_alias("champion", "2", None)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    shown = fedcoe_command(trained_twice, "experts", COLUMNS="220", MLFLOW_TRACKING_URI=uri)
+    lines = [line for line in shown.stdout.splitlines() if line.split()[:2] == ["fedcoe", "2"]]
+    assert len(lines) == 1 and "candidate, champion" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("release",), "no candidate"),
+        (("release", "3"), "no version 3 of fedcoe is registered"),
+        (("promote", "3"), "no version 3 of fedcoe is registered"),
+        (("promote", "3", "--to", "queen"), "champion, candidate"),
+        (("rollback",), "no champion"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    mlflow_database: Path,
+    prefect_api: str,
+    fedcoe_command: Callable[..., subprocess.CompletedProcess[str]],
+    args: tuple[str, ...],
+    said: str,
+) -> None:
+    (tmp_path / ".fedcoe").mkdir()
+    shutil.copy(mlflow_database, tmp_path / ".fedcoe/mlflow.db")
+    done = fedcoe_command(tmp_path, *args, PREFECT_API_URL=prefect_api)
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1
