@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint bench clean
+.PHONY: help install run up down test test-fast lint bench clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Commands that DVC starts find `fedcoe` on the PATH.
@@ -22,6 +22,12 @@ run: install  ## Fetch the data and reproduce the whole pipeline
 	dvc repro
 	@echo "report: reports/index.html"
 
+up: install  ## Start Prefect, MLflow, workers and deployments
+	fedcoe up
+
+down: install  ## Stop what `make up` started
+	fedcoe down
+
 test: install  ## The whole test suite
 	python -m pytest
 
@@ -40,4 +46,5 @@ bench: install  ## Measure speed and memory (docs/performance.md); not a test
 	python benchmarks/overhead.py
 
 clean:  ## Remove what runs produce; the data stays
+	test ! -f .fedcoe/services.json || fedcoe down
 	rm -rf models partitions metrics plots reports .fedcoe

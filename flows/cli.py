@@ -432,12 +432,31 @@ def report(root: Root = Path(".")) -> None:
     out.print(str(build_report(root)), highlight=False)
 
 
-@app.command(epilog="Examples:  fedcoe experts   |   fedcoe experts --json")
-def experts(root: Root = Path("."), as_json: AsJson = False) -> None:
-    """List registered models and experts with the figures to pick by."""
+@app.command(
+    epilog="Examples:  fedcoe experts   |   fedcoe experts fedcoe-expert-1   |   "
+    "fedcoe experts --json"
+)
+def experts(
+    name: Annotated[
+        str | None, typer.Argument(help="Show this model's card; default: list all models.")
+    ] = None,
+    version: Annotated[int | None, typer.Option(help="Of the card; default: the newest.")] = None,
+    root: Root = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """List registered models and experts with the figures to pick by, or show one's card."""
     from tasks.tracking import registered_experts, use_default_stores
 
     use_default_stores(root)
+    if name is not None:
+        from rich.markdown import Markdown
+
+        from tasks.model_card import registered_card
+
+        text = registered_card(name, None if version is None else str(version))
+        # As a file where it is piped into one.
+        out.print(Markdown(text) if out.is_terminal else text, markup=False, soft_wrap=True)
+        return
     rows = registered_experts()
     if as_json:
         typer.echo(json.dumps(rows))
@@ -451,6 +470,9 @@ def experts(root: Root = Path("."), as_json: AsJson = False) -> None:
         "accuracy": "alone",
         "load": "load",
         "clients": "clients",
+        "serves_best": "serves best",
+        "drift": "drift",
+        "parameters": "parameters",
         "accuracy_global": "global",
         "accuracy_personalized": "personalized",
         "accuracy_cold_unlabelled": "cold start",
@@ -458,8 +480,78 @@ def experts(root: Root = Path("."), as_json: AsJson = False) -> None:
     }
     table = Table(*columns.values(), box=None)
     for row in rows:
-        table.add_row(*(row.get(key, "") for key in columns))
+        row["serves_best"] = _first(row.get("serves_best", ""))
+        table.add_row(*(escape(row.get(key, "")) for key in columns))
     out.print(table)
+    err.print("`fedcoe experts NAME` shows a card: classes, clients, data, limits, lineage")
+
+
+def _first(text: str) -> str:
+    return text.split(", ")[0] + ", ..." * (", " in text)
+
+
+@app.command(epilog="Examples:  fedcoe release   |   fedcoe release 7 --json")
+def release(
+    version: Annotated[
+        int | None, typer.Argument(help="Version of `fedcoe`; default: the candidate.")
+    ] = None,
+    root: Root = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Compare the candidate with the champion; promote it if it is better and nowhere worse."""
+    from flows.release import release as judge
+
+    with _short_errors():
+        found = judge(str(root), None if version is None else str(version))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    if found["table"]:
+        table = Table("accuracy %", "images", "champion", "candidate", "change", "", box=None)
+        for row in found["table"]:
+            champion, candidate, low, high = (
+                100 * row[name] for name in ("champion", "candidate", "low", "high")
+            )
+            table.add_row(
+                row["figure"],
+                str(row["images"]),
+                f"{champion:.2f}",
+                f"{candidate:.2f}",
+                f"{low:+.2f} to {high:+.2f}",
+                row["verdict"],
+            )
+        out.print(table)
+    against = f"against champion {found['champion']}" if found["champion"] else "no champion before"
+    out.print(f"version {found['version']} {found['verdict']} ({against})", highlight=False)
+
+
+@app.command(epilog="Example:  fedcoe promote --to champion 7")
+def promote(
+    version: Annotated[int, typer.Argument(help="Version of the registered model `fedcoe`.")],
+    to: Annotated[str, typer.Option(help="champion or candidate.")] = "champion",
+    root: Root = Path("."),
+) -> None:
+    """Let an alias name a version by hand, its gate and experts with it; compares nothing."""
+    from tasks.release import ALIASES, aliased, move_alias
+    from tasks.tracking import use_default_stores
+
+    if to not in ALIASES:
+        raise FedCoEError(f"--to {to}: there are {', '.join(ALIASES)}")
+    use_default_stores(root)
+    before = aliased(to)
+    move_alias(to, str(version), before)
+    out.print(f"{to}: version {before or 'none'} -> {version}", highlight=False)
+
+
+@app.command(epilog="Example:  fedcoe rollback")
+def rollback(root: Root = Path(".")) -> None:
+    """Let champion name the version it named before, its gate and experts with it."""
+    from tasks.release import rollback_champion
+    from tasks.tracking import use_default_stores
+
+    use_default_stores(root)
+    before, after = rollback_champion()
+    out.print(f"champion: version {before} -> {after}", highlight=False)
 
 
 @app.command(
@@ -557,6 +649,93 @@ def join(
         err.print(f"mode labels: {SPLIT}", highlight=False)
     if out_path is None:
         err.print("--out FILE.csv (or .json) keeps the predictions", highlight=False)
+
+
+@app.command(
+    epilog="Examples:  fedcoe export --expert 1   |   fedcoe export --mixture --out device.pt2   "
+    "|   fedcoe export --expert 0 --version 7"
+)
+def export(
+    expert: Annotated[int | None, typer.Option(help="This expert alone.")] = None,
+    mixture: Annotated[
+        bool, typer.Option("--mixture", help="All experts, gate and head; mode none.")
+    ] = False,
+    file_format: Annotated[str, typer.Option("--format", help="pt2 (torch.export).")] = "pt2",
+    out_path: Annotated[
+        Path | None, typer.Option("--out", help="Default: expert-N.pt2 or mixture.pt2.")
+    ] = None,
+    models: Annotated[Path, typer.Option(help="Models folder.")] = Path("models"),
+    version: Annotated[
+        int | None, typer.Option(help="Of the registered `fedcoe`, instead of --models.")
+    ] = None,
+    root: Root = Path("."),
+) -> None:
+    """Write one expert or the mixture as one file for a device, and check what it computes."""
+    if (expert is None) != mixture:
+        raise FedCoEError("say which: --expert N or --mixture")
+    if file_format != "pt2":
+        raise FedCoEError(f"--format {file_format}: there is pt2 (docs/serving.md says why)")
+    path = out_path or Path("mixture.pt2" if expert is None else f"expert-{expert}.pt2")
+    if path.suffix != ".pt2":
+        raise FedCoEError(f"--out {path}: must end in .pt2")
+    from fedcoe.bundle import load_bundle
+    from fedcoe.export import export_pt2
+
+    if version is None:
+        difference = export_pt2(load_bundle(models, "fp32"), path, expert)
+    else:
+        from tasks.release import load_version
+        from tasks.tracking import use_default_stores
+
+        use_default_stores(root)
+        with load_version(str(version), "fp32") as bundle:
+            difference = export_pt2(bundle, path, expert)
+    out.print(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB; probabilities differ from the model's by "
+        f"at most {difference:.1g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command(epilog="Examples:  fedcoe up   |   fedcoe up --prefect-port 4300 --mlflow-port 5300")
+def up(
+    root: Root = Path("."),
+    prefect_port: Annotated[
+        int, typer.Option(envvar="PREFECT_SERVER_API_PORT", min=1, max=65535)
+    ] = 4200,
+    mlflow_port: Annotated[int, typer.Option(envvar="MLFLOW_PORT", min=1, max=65535)] = 5000,
+    as_json: AsJson = False,
+) -> None:
+    """Start Prefect, MLflow, a worker a GPU and the deployments, on loopback; what runs stays."""
+    from tasks.processes import Unready
+    from tasks.services import up as start
+
+    try:
+        with err.status("starting; this takes about half a minute"):
+            rows, environment = start(root, prefect_port, mlflow_port)
+    except Unready as error:
+        if error.tail:
+            err.print(error.tail, markup=False, highlight=False, soft_wrap=True)
+        raise
+    if as_json:
+        typer.echo(json.dumps({"services": rows, "environment": environment}))
+        return
+    table = Table(box=None, show_header=False)
+    for row in rows:
+        table.add_row(*row.values())
+    out.print(table)
+    out.print("in your shell: export " + " ".join(environment), highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example:  fedcoe down")
+def down(root: Root = Path(".")) -> None:
+    """Stop what `fedcoe up` started here, and the flow runs that are at work."""
+    from tasks.services import down as stop
+
+    with err.status("stopping"):
+        count = stop(root)
+    out.print(f"{count} processes stopped" if count else "nothing was running", highlight=False)
 
 
 @app.command(epilog="Example:  fedcoe doctor")

@@ -6,6 +6,7 @@ Wiring only. What a round does stands in `fedcoe/methods/`; how it is run, in `f
 import itertools
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from tasks.evaluate import evaluate_state, score_shard
 from tasks.expert_aggregate import expert_aggregate
 from tasks.gate_update import gate_statistics, gate_update
 from tasks.local_train import local_train
+from tasks.locks import locked
 from tasks.personalize import personalize
 from tasks.progress import report_progress
 from tasks.results import run_figures, write_figures, write_models
@@ -81,7 +83,7 @@ def federated_training(
         method = {"name": method} if method != settings.method.name else None
     if method is not None:
         settings = settings.model_copy(update={"method": settings_for(method)})
-    with open_run(settings, folder, folder / partitions) as run:
+    with open_run(settings, folder, folder / partitions) as run, _alone(run):
         role = "cell" if notes else "comparison" if figures else "training"
         # No tags: the comparison could not reach its store, so its cells do not wait for it either.
         untracked = notes is not None and not tags
@@ -95,6 +97,11 @@ def federated_training(
         tracking.finish("FINISHED")
         discard(run)
     return headline
+
+
+def _alone(run: Run) -> AbstractContextManager[None]:
+    """Equal runs share their checkpoints, so one waits for the other."""
+    return locked(run.root, f"run-{run.scratch.name}", "a run with the same settings and data")
 
 
 def _train(
@@ -221,8 +228,11 @@ def _finish(
         found = write_figures(run, figures, history, evaluation, new, again, notes)
         tracking.log_metrics({"final": metrics(measures(found, found))}, state.round)
     else:
-        models = write_models(run, state, history)
-        register_models(run, tracking, models, evaluation, cold_start)
+        # Another run may write here too: what is registered is what this one wrote.
+        with locked(run.root, "models", "another run's models being written"):
+            models = write_models(run, state, history)
+            drift = history.rounds[-1]["drift"]
+            register_models(run, tracking, models, evaluation, cold_start, drift)
     tracking.log_figures(run_figures(run, history, evaluation))
     publish_summary(run, evaluation, cold_start, tracking.run_id)
     return {

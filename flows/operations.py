@@ -1,0 +1,159 @@
+"""The flows a team runs on the work pool: one training, and the one of every night.
+
+Their parameters are forms in Prefect's UI, made from the settings models: an empty field is what
+params.yaml says, a filled one wins over it, a value out of range is refused before a run starts.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from fedcoe.config import (
+    ColdStartSettings,
+    EvaluateSettings,
+    ModelSettings,
+    PartitionSettings,
+    RuntimeSettings,
+    TrainSettings,
+    load_settings,
+)
+from fedcoe.methods.settings import method_names
+from flows.federated_training import federated_training
+from flows.pipeline import evaluate_cold_start, evaluate_models, partition_data
+from flows.release import release as release_candidate
+from tasks.data_version import fetch_data
+from tasks.report import build_report
+from tasks.tracking import use_default_stores, version_of
+from tasks.workspace import workspace
+
+
+def _optional(section: type[BaseModel]) -> Any:
+    """The section with the same descriptions and ranges, every field empty."""
+    fields: dict[str, Any] = {
+        name: (field.rebuild_annotation() | None, Field(None, description=field.description))
+        for name, field in section.model_fields.items()
+    }
+    name = section.__name__.removesuffix("Settings")
+    return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
+
+
+if TYPE_CHECKING:
+    Partition: TypeAlias = BaseModel
+    Model: TypeAlias = BaseModel
+    Train: TypeAlias = BaseModel
+    Evaluate: TypeAlias = BaseModel
+    ColdStart: TypeAlias = BaseModel
+    Runtime: TypeAlias = BaseModel
+else:
+    Partition = _optional(PartitionSettings)
+    Model = _optional(ModelSettings)
+    Train = _optional(TrainSettings)
+    Evaluate = _optional(EvaluateSettings)
+    ColdStart = _optional(ColdStartSettings)
+    Runtime = _optional(RuntimeSettings)
+
+Method = Annotated[str | None, Field(json_schema_extra={"enum": [*method_names(), None]})]
+
+
+def _name() -> str:
+    return f"train · {flow_run.parameters.get('method') or 'params.yaml'}"
+
+
+@flow(name="train", flow_run_name=_name)
+def train(
+    root: str = ".",
+    method: Method = None,
+    train: Train | None = None,
+    partition: Partition | None = None,
+    model: Model | None = None,
+    evaluate: Evaluate | None = None,
+    cold_start: ColdStart | None = None,
+    runtime: Runtime | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, float]:
+    """Train as params.yaml says, but for what is filled in here, in a folder of its own.
+
+    Args:
+        root: folder of params.yaml and data/.
+        method: what to train; empty: what params.yaml names.
+        train: rounds, learning rate and the like.
+        partition: how the data is dealt to clients.
+        model: architecture of the experts.
+        evaluate: how often to evaluate.
+        cold_start: how new clients are served.
+        runtime: workers and precision.
+        overrides: any other setting as section.key=value, e.g. method.experts=2; see
+            docs/settings.md. They win over the fields above.
+
+    Returns:
+        The headline figures: accuracies in [0, 1] by name.
+    """
+    sections: dict[str, BaseModel | None] = {
+        "train": train,
+        "partition": partition,
+        "model": model,
+        "evaluate": evaluate,
+        "cold_start": cold_start,
+        "runtime": runtime,
+    }
+    filled = [
+        f"{name}.{key}={json.dumps(value)}"
+        for name, section in sections.items()
+        if section is not None
+        for key, value in section.model_dump(mode="json", exclude_none=True).items()
+    ]
+    named = [f"method.name={method}"] if method else []
+    return _train(Path(root), [*named, *filled, *overrides], release=False)
+
+
+@flow(name="nightly", flow_run_name="nightly")
+def nightly(
+    root: str = ".", overrides: Sequence[str] = (), fetch: bool = True, release: bool = True
+) -> dict[str, float]:
+    """Fetch the data that data.dvc names, train, evaluate what was written, and release it.
+
+    Args:
+        root: folder of params.yaml and data/.
+        overrides: settings that win over params.yaml, as section.key=value.
+        fetch: bring the data here with DVC first.
+        release: put the new version beside the champion, and promote it if it is better.
+
+    Returns:
+        The headline figures: accuracies in [0, 1] by name.
+    """
+    if fetch:
+        fetch_data(Path(root).resolve())
+    return _train(Path(root), overrides, release)
+
+
+def _train(root: Path, overrides: Sequence[str], release: bool) -> dict[str, float]:
+    use_default_stores(root)
+    settings = load_settings(root / "params.yaml", overrides)
+    with workspace(root, settings) as folder:
+        deal(folder)
+        tags = {"flow_run": str(flow_run.id)}
+        figures: Mapping[str, float] = federated_training(str(folder), tags=tags)
+        evaluate_written(folder)
+        if release:
+            release_candidate(str(folder), version_of(tags))
+    return dict(figures)
+
+
+@task(name="partition", cache_policy=NO_CACHE)
+def deal(folder: Path) -> list[str]:
+    """Deal the data to clients."""
+    return partition_data(folder)
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate_written(folder: Path) -> Path:
+    """Score the files that were written, and draw the report."""
+    evaluate_models(folder)
+    evaluate_cold_start(folder)
+    return build_report(folder)

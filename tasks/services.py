@@ -1,0 +1,286 @@
+"""Prefect's and MLflow's servers, the work pool and its workers: `fedcoe up`, `fedcoe down`.
+
+Servers that PREFECT_API_URL or MLFLOW_TRACKING_URI name elsewhere are used and never started; what
+else these tools read from the environment (databases, artifact stores, keys) reaches them as it is.
+"""
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from fedcoe.errors import FedCoEError
+from tasks.locks import locked
+from tasks.processes import (
+    HOST,
+    Service,
+    Unready,
+    answers,
+    check_free,
+    forget,
+    marked,
+    recorded,
+    start,
+    stop,
+    wait_until,
+    with_children,
+)
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+POOL = "gpu-pool"
+SERVERS = ("prefect", "mlflow")
+WAITING = "another `fedcoe up` or `fedcoe down`"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server as clients see it; `service` is None where it is not ours."""
+
+    name: str
+    variable: str
+    url: str
+    state: str
+    service: Service | None
+
+
+def up(root: Path, prefect_port: int, mlflow_port: int) -> tuple[list[dict[str, str]], list[str]]:
+    """Start what does not run yet and wait until all of it answers.
+
+    Returns:
+        Rows of name, address and state; the environment variables that lead there, as `NAME=URL`.
+
+    Raises:
+        FedCoEError: a port is taken, or something did not answer (`Unready`).
+    """
+    root = root.resolve()
+    if not (root / "prefect.yaml").exists():
+        raise FedCoEError(f"{root / 'prefect.yaml'}: no such file; the repository has one to copy")
+    with locked(root, "services", WAITING):
+        prefect = _server(root, "prefect", "PREFECT_API_URL", prefect_port)
+        mlflow = _server(root, "mlflow", "MLFLOW_TRACKING_URI", mlflow_port)
+        for server in (prefect, mlflow):
+            _await(server)
+        environment = _environment(root) | {s.variable: s.url for s in (prefect, mlflow)}
+        rows = [{"name": s.name, "address": s.url, "state": s.state} for s in (prefect, mlflow)]
+        with _client(prefect.url) as client:
+            gpus = devices()
+            created = _pool(client, len(gpus), ours=prefect.service is not None)
+            workers = {name: _worker(root, name, gpus[name], environment) for name in gpus}
+            changed = _deploy(root, client, prefect.url, environment, anyway=created)
+            for name, (worker, state) in workers.items():
+                wait_until(worker, lambda of=(name, worker): _online(client, *of))  # type: ignore[misc]
+                rows.append({"name": f"worker {name}", "address": POOL, "state": state})
+        rows.append({"name": "deployments", "address": "prefect.yaml", "state": changed})
+    return rows, [f"{server.variable}={server.url}" for server in (prefect, mlflow)]
+
+
+def down(root: Path) -> int:
+    """Stop workers, what they run, and the servers `up` started. Returns how many processes.
+
+    Flow runs that are cut off are marked as crashed, so that the UI does not show them as running.
+    """
+    root = root.resolve()
+    with locked(root, "services", WAITING):
+        services = recorded(root)
+        servers = [services[name].process for name in SERVERS if name in services]
+        serving = {p for server in servers if server for p in with_children(server)}
+        others = {s.process for s in services.values() if s.process} | set(marked(root))
+        stopped = serving | others
+        stop(others - serving)
+        if "prefect" in services:
+            with suppress(Exception), _client(services["prefect"].url) as client:
+                _crash(client)
+        stop(serving)
+        for _ in range(3):  # a child may have been started meanwhile
+            left = marked(root)
+            stopped |= set(left)
+            stop(left)
+        if left := marked(root):
+            named = ", ".join(str(process.pid) for process in left)
+            raise FedCoEError(f"would not end: processes {named}; kill them by hand")
+        forget(root)
+    return len(stopped)
+
+
+def devices() -> dict[str, str | None]:
+    """This machine's worker names, and the GPU each is to see; without a GPU one that sees none.
+
+    GPUs that CUDA_VISIBLE_DEVICES hides stay hidden.
+    """
+    import torch
+
+    host, count = socket.gethostname(), torch.cuda.device_count()
+    if not count:
+        return {f"{host}-cpu": None}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    ids = visible.split(",") if visible else [str(index) for index in range(count)]
+    return {f"{host}-gpu{index.strip()}": index.strip() for index in ids[:count]}
+
+
+def _environment(root: Path) -> dict[str, str]:
+    home = root / ".fedcoe"
+    environment = os.environ | {
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # The command makes both quiet for the terminal; here there are logs to be read.
+        "PREFECT_LOGGING_LEVEL": "INFO",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    }
+    environment.setdefault("PREFECT_HOME", str(home / "prefect"))
+    environment.setdefault("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{home}/mlflow.db")
+    if "MLFLOW_ARTIFACTS_DESTINATION" not in environment:
+        # Where runs without a server put theirs, so that each finds the other's.
+        environment.setdefault("MLFLOW_DEFAULT_ARTIFACT_ROOT", (home / "artifacts").as_uri())
+    return environment
+
+
+def _server(root: Path, name: str, variable: str, port: int) -> Server:
+    """Find a server or start ours, without waiting for it."""
+    address = f"http://{HOST}:{port}"
+    url = f"{address}/api" if name == "prefect" else address
+    asked, running = os.environ.get(variable, "").rstrip("/"), recorded(root).get(name)
+    if asked and asked != (running.url if running else url):
+        return Server(name, variable, asked, f"not started: {variable} names it", None)
+    if running and running.url != url:
+        raise FedCoEError(
+            f"{name} is up at {running.url}, not at port {port}; to move it, `fedcoe down` first"
+        )
+    if running:
+        return Server(name, variable, url, "was up", running)
+    if asked and answers(url):
+        return Server(name, variable, url, f"not started: {variable} names it", None)
+    own = {"prefect": "PREFECT_SERVER_API_PORT", "mlflow": "MLFLOW_PORT"}[name]
+    check_free(name, port, f"--{name}-port or {own}")
+    environment = _environment(root) | {"PREFECT_API_URL": url}
+    words = [name, "server", *(["start"] if name == "prefect" else ["--workers", "1"])]
+    if name == "mlflow":
+        for variable_of_clients in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+            environment.pop(variable_of_clients, None)
+    command = [sys.executable, "-m", *words, "--host", HOST, "--port", str(port)]
+    return Server(name, variable, url, "started", start(root, name, command, environment, url))
+
+
+def _await(server: Server) -> None:
+    if server.service:
+        wait_until(server.service, lambda: answers(server.url))
+    elif server.url.startswith("http") and not answers(server.url):
+        raise FedCoEError(
+            f"{server.variable}={server.url} does not answer; start that server, or unset it"
+        )
+
+
+@contextmanager
+def _client(url: str) -> Iterator["SyncPrefectClient"]:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        yield client
+
+
+def _pool(client: "SyncPrefectClient", slots: int, ours: bool) -> bool:
+    """Make the work pool; on a team's server, one that exists stays as it is. Returns if made."""
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    try:
+        found = client.read_work_pool(POOL)
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        wanted = WorkPoolCreate(
+            name=POOL, type="process", base_job_template=template, concurrency_limit=slots
+        )
+        client.create_work_pool(wanted)
+        return True
+    if ours and found.concurrency_limit != slots:
+        client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=slots))
+    return False
+
+
+def _worker(
+    root: Path, name: str, gpu: str | None, environment: Mapping[str, str]
+) -> tuple[Service, str]:
+    if running := recorded(root).get(name):
+        return running, "was up"
+    words = ["worker", "start", "--pool", POOL, "--type", "process", "--name", name]
+    words += ["--limit", "1", "--no-create-pool-if-not-found"]
+    own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    command = [sys.executable, "-m", "prefect", *words]
+    return start(root, name, command, {**environment, **own}), "started"
+
+
+def _online(client: "SyncPrefectClient", name: str, worker: Service) -> bool:
+    """Whether it was heard of since it started: one that was killed stays `online` for a while."""
+    beats = [
+        w.last_heartbeat_time for w in client.read_workers_for_work_pool(POOL) if w.name == name
+    ]
+    return any(beat is not None and beat.timestamp() >= worker.started - 1 for beat in beats)
+
+
+def _deploy(
+    root: Path, client: "SyncPrefectClient", url: str, environment: Mapping[str, str], anyway: bool
+) -> str:
+    """Apply prefect.yaml where it or the flows changed; switches of schedules stay as they are."""
+    code = [root / "prefect.yaml", *sorted(Path(__file__).parents[1].glob("flows/*.py"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
+    memo, now = root / ".fedcoe" / "deployed", f"{url} {digest}"
+    if not anyway and memo.exists() and memo.read_text() == now:
+        return "unchanged"
+    switches = _switches(client)
+    log = root / ".fedcoe" / "logs" / "deploy.log"
+    with log.open("wb") as file:
+        code_of = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+            cwd=root,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    if code_of:
+        raise Unready("`prefect deploy --all` failed", log)
+    for key, (deployment, schedule, active) in _switches(client).items():
+        if key in switches and switches[key][2] != active:
+            client.update_deployment_schedule(deployment, schedule, active=switches[key][2])
+    memo.write_text(now)
+    return "applied"
+
+
+def _switches(client: "SyncPrefectClient") -> dict[tuple[str, str], tuple[UUID, UUID, bool]]:
+    """Which schedules are on, by names of deployment and schedule."""
+    return {
+        (deployment.name, str(schedule.slug)): (deployment.id, schedule.id, schedule.active)
+        for deployment in client.read_deployments()
+        for schedule in deployment.schedules
+    }
+
+
+def _crash(client: "SyncPrefectClient") -> None:
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import State, StateType
+    from prefect.states import Crashed
+
+    kinds = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    cut = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=kinds)))
+    for run in client.read_flow_runs(flow_run_filter=cut):
+        state: State[Any] = Crashed(
+            message="stopped by `fedcoe down`; a new run goes on from the last round"
+        )
+        client.set_flow_run_state(run.id, state, force=True)

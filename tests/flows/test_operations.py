@@ -1,0 +1,275 @@
+"""`fedcoe up` to `fedcoe down` with real servers, and what keeps runs apart."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fedcoe.errors import FedCoEError
+
+REPOSITORY = Path(__file__).parents[2]
+SERVERS = {"PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def site(new_project: Callable[..., Path]) -> Iterator[Path]:
+    """A tiny project with the repository's deployments; whatever happens, nothing stays behind."""
+    from tasks.processes import marked, stop
+
+    root = new_project(train={"rounds": 1}).resolve()
+    shutil.copy(REPOSITORY / "prefect.yaml", root)
+    yield root
+    stop(marked(root))
+
+
+def fedcoe(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command as in a shell that knows of no server."""
+    environment = {k: v for k, v in os.environ.items() if k not in SERVERS}
+    return subprocess.run(
+        [sys.executable, "-c", "from flows.cli import main; main()", *words],
+        cwd=root,
+        env=environment
+        | {"OMP_NUM_THREADS": "1", "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def until(found: Callable[[], Any], seconds: float) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.5)
+    return value
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_training_and_a_scheduled_run_on_the_pool_and_back_to_nothing(
+    site: Path,
+) -> None:
+    from mlflow import MlflowClient
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from tasks.processes import marked
+
+    assert not marked(site)
+    ports = [str(free_port()), str(free_port())]
+    up = ("up", "--prefect-port", ports[0], "--mlflow-port", ports[1], "--json")
+    done = fedcoe(site, *up)
+    assert done.returncode == 0, done.stderr
+    first = json.loads(done.stdout)
+    processes = {process.pid for process in marked(site)}
+    book = (site / ".fedcoe/services.json").read_text()
+
+    done = fedcoe(site, *up)
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout)
+    assert [row["state"] for row in again["services"]] == ["was up"] * 3 + ["unchanged"]
+    assert again["environment"] == first["environment"]
+    assert (site / ".fedcoe/services.json").read_text() == book
+    for process in map(psutil.Process, processes):
+        for connection in process.net_connections("tcp"):
+            assert connection.laddr.ip == "127.0.0.1", connection
+
+    api = f"http://127.0.0.1:{ports[0]}/api"
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        assert client.read_work_pool("gpu-pool").concurrency_limit == 1
+
+        def ended(run: Any) -> Any:
+            state = client.read_flow_run(run.id).state
+            return state if state is not None and state.is_final() else None
+
+        train = client.read_deployment_by_name("train/train")
+        good = client.create_flow_run_from_deployment(
+            train.id, parameters={"train": {"lr": 0.03}, "overrides": ["method.experts=1"]}
+        )
+        bad = client.create_flow_run_from_deployment(
+            train.id, parameters={"overrides": ["train.roundz=1"]}
+        )
+        nightly = client.read_deployment_by_name("nightly/nightly")
+        assert not any(schedule.active for schedule in nightly.schedules)
+        every_minute = CronSchedule(cron="* * * * *", timezone="UTC")
+        client.create_deployment_schedules(nightly.id, [(every_minute, True)])
+
+        state = until(lambda: ended(good), 120)
+        assert state.is_completed(), state
+        state = until(lambda: ended(bad), 60)
+        assert state.is_failed() and "train.roundz = 1: unknown key" in state.message
+        assert "\n" not in state.message
+
+        def fired() -> Any:
+            runs = client.read_flow_runs()
+            return next((r for r in runs if r.name == "nightly" and ended(r)), None)
+
+        run = until(fired, 150)
+        assert run.auto_scheduled and run.state.is_completed(), run.state
+
+    store = MlflowClient(f"http://127.0.0.1:{ports[1]}")
+    versions = store.search_model_versions("name='fedcoe'")
+    trained = [store.get_run(version.run_id) for version in versions]
+    assert str(good.id) in {of.data.tags["flow_run"] for of in trained}
+    assert {of.data.params["train.lr"] for of in trained} == {"0.03", "0.05"}
+    assert store.get_model_version_by_alias("fedcoe", "champion")
+    assert not (site / "models").exists()  # what is in the project by hand stays its own
+
+    done = fedcoe(site, "down")
+    assert done.returncode == 0, done.stderr
+    assert not marked(site)
+    assert not [pid for pid in processes if psutil.pid_exists(pid) and _works(pid)]
+    assert fedcoe(site, "down").stdout == "nothing was running\n"
+
+
+def _works(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_port_in_use_is_an_error_of_one_line_that_names_it_and_the_option() -> None:
+    from tasks.processes import check_free
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(FedCoEError, match=rf"port {port} for mlflow .*--mlflow-port"):
+            check_free("mlflow", port, "--mlflow-port")
+    check_free("mlflow", port, "--mlflow-port")
+
+
+def test_a_server_that_ends_at_once_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
+    from tasks.processes import Unready, start, wait_until
+
+    broken = [sys.executable, "-c", "raise SystemExit('no such database')"]
+    service = start(tmp_path, "mlflow", broken, dict(os.environ))
+    with pytest.raises(Unready, match=r"mlflow ended at once; see .*mlflow\.log") as stopped:
+        wait_until(service, lambda: False)
+    assert stopped.value.tail == "no such database"
+
+
+def test_a_stranger_with_a_recorded_id_is_neither_taken_for_ours_nor_stopped(
+    tmp_path: Path,
+) -> None:
+    from tasks.processes import Service, recorded
+    from tasks.services import down
+
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as stranger:
+        row = vars(Service("mlflow", stranger.pid, 1.0, "", ""))
+        (tmp_path / ".fedcoe").mkdir()
+        (tmp_path / ".fedcoe/services.json").write_text(json.dumps([row]))
+        assert recorded(tmp_path) == {}
+        assert down(tmp_path) == 0
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+def test_down_ends_what_ignores_signals_and_what_outlived_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.processes import marked, start
+    from tasks.services import down
+
+    monkeypatch.setattr("tasks.processes.GRACE", 0.5)
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {stubborn!r}])"
+    start(tmp_path, "worker", [sys.executable, "-c", parent], dict(os.environ))
+    until(lambda: [p for p in marked(tmp_path) if "SIG_IGN" in p.cmdline()[-1]], 20)
+    time.sleep(0.5)
+    assert down(tmp_path) >= 1
+    assert not marked(tmp_path)
+
+
+def test_a_server_of_the_team_is_not_started_and_must_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.services import up
+
+    (tmp_path / "prefect.yaml").touch()
+    nobody = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("PREFECT_API_URL", f"{nobody}/api")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", nobody)
+    with pytest.raises(FedCoEError, match=f"PREFECT_API_URL={nobody}/api does not answer"):
+        up(tmp_path, free_port(), free_port())
+    assert not (tmp_path / ".fedcoe/services.json").exists()
+
+
+def test_the_second_of_two_equal_runs_waits_and_a_killed_holder_lets_go(tmp_path: Path) -> None:
+    from tasks.locks import locked
+
+    hold = (
+        "import sys, time; from pathlib import Path; from tasks.locks import locked\n"
+        "with locked(Path(sys.argv[1]), 'run-x', ''):\n    print('held', flush=True)\n"
+        "    time.sleep(60)"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError), locked(tmp_path, "run-x", "", wait=False):
+            pass
+        entered = threading.Event()
+
+        def second() -> None:
+            with locked(tmp_path, "run-x", "it"):
+                entered.set()
+
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        assert not entered.wait(0.3)
+        holder.kill()
+        assert entered.wait(10)
+        waiting.join()
+
+
+def test_runs_on_the_pool_have_folders_of_their_own_and_old_ones_go(
+    new_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedcoe.config import load_settings
+    from tasks import workspace as module
+
+    monkeypatch.setattr(module, "KEEP", 2)
+    root, folders = new_project(), []
+    for seed in range(3):
+        settings = load_settings(root / "params.yaml", [f"train.seed={seed}"])
+        with module.workspace(root, settings) as folder:
+            assert load_settings(folder / "params.yaml") == settings
+            folders.append(folder)
+        time.sleep(0.02)
+    assert len(set(folders)) == 3
+    assert [folder.exists() for folder in folders] == [False, True, True]
+    assert (root / "data/dataset.json").exists() and (root / ".fedcoe/mlflow.db").exists()
+
+
+def test_the_form_of_train_has_the_descriptions_and_ranges_of_the_settings() -> None:
+    from prefect.utilities.callables import parameter_schema
+
+    from fedcoe.config import TrainSettings
+    from flows.operations import train
+
+    schema = parameter_schema(train).model_dump()
+    lr = schema["definitions"]["Train"]["properties"]["lr"]
+    assert lr["description"] == TrainSettings.model_fields["lr"].description
+    [number] = [kind for kind in lr["anyOf"] if kind["type"] == "number"]
+    assert number == {"type": "number", "exclusiveMinimum": 0.0, "maximum": 10.0}
+    assert lr["default"] is None
+    assert all(of.get("description") for of in schema["properties"].values())
