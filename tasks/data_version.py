@@ -30,7 +30,7 @@ def fetch_data(root: Path) -> str:
     else:
         with locked(root, "data", "runs that read the data"):
             remote = _dvc(root, "remote", "list").strip()
-            _dvc(root, *(["pull"] if remote else ["checkout"]), "--quiet", "data.dvc")
+            _dvc(root, "pull" if remote else "checkout", "data.dvc")
     return load_dataset(root / "data").info.hash
 
 

@@ -273,3 +273,24 @@ def test_the_form_of_train_has_the_descriptions_and_ranges_of_the_settings() -> 
     assert number == {"type": "number", "exclusiveMinimum": 0.0, "maximum": 10.0}
     assert lr["default"] is None
     assert all(of.get("description") for of in schema["properties"].values())
+
+
+@pytest.mark.slow
+def test_data_is_checked_out_from_the_cache_and_a_failure_says_what_dvc_said(
+    new_project: Callable[..., Path], prefect_api: str
+) -> None:
+    from fedcoe.data.dataset import load_dataset
+    from tasks.data_version import fetch_data
+
+    root = new_project()
+    wanted = load_dataset(root / "data").info.hash
+    for words in (("git", "init", "-q"), ("dvc", "init", "-q"), ("dvc", "add", "-q", "data")):
+        tool = ["git"] if words[0] == "git" else [sys.executable, "-m", "dvc"]
+        subprocess.run([*tool, *words[1:]], cwd=root, check=True, capture_output=True)
+    shutil.rmtree(root / "data")
+    assert fetch_data.fn(root) == wanted
+    shutil.rmtree(root / "data")
+    shutil.rmtree(root / ".dvc/cache")
+    with pytest.raises(FedCoEError, match=r"`dvc checkout data.dvc` failed: .*ERROR") as stopped:
+        fetch_data.fn(root)
+    assert "\n" not in str(stopped.value)
