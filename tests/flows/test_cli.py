@@ -192,9 +192,7 @@ def test_doctor_says_that_a_server_does_not_answer(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_ends_with_130_and_a_word(
-    new_project: Callable[..., Path], workers: int
-) -> None:
+def test_ctrl_c_ends_with_130_and_a_word(new_project: Callable[..., Path], workers: int) -> None:
     root = new_project(train={"rounds": 1000}, runtime={"workers": workers})
     process = subprocess.Popen(
         [sys.executable, "-c", "from flows.cli import main; main()", "train"],
