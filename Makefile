@@ -44,6 +44,7 @@ bench: install  ## Measure speed and memory (docs/performance.md); not a test
 	python benchmarks/method_cost.py
 	python benchmarks/scaling.py
 	python benchmarks/overhead.py
+	test ! -d models || python benchmarks/serving.py
 
 clean:  ## Remove what runs produce; the data stays
 	test ! -f .fedcoe/services.json || fedcoe down

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedcoe.errors import FedCoEError
+
+if TYPE_CHECKING:
+    from fedcoe.bundle import Bundle
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -121,12 +124,9 @@ def train(
 
 
 def _train(**parameters: Any) -> dict[str, float]:
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-
     from flows.federated_training import federated_training
 
-    # Joining the heartbeat thread costs a second at the end of every flow.
-    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), _progress():
+    with _progress():
         return dict(federated_training(**parameters))
 
 
@@ -227,14 +227,12 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Search tune.space for good settings by validation figures. Resumes if interrupted."""
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-
     from flows.tune import plan_search
     from flows.tune import tune as search
 
     _, notes = plan_search(root, overrides, method)
     _warn(notes)
-    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), _progress():
+    with _progress():
         best = search(str(root), overrides, method, workers)
     if as_json:
         typer.echo(json.dumps(best))
@@ -269,6 +267,7 @@ def _quiet() -> None:
 @contextmanager
 def _progress() -> Iterator[None]:
     """Rounds, accuracies, speed and time left, on a terminal; nothing elsewhere."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
 
@@ -315,7 +314,9 @@ def _progress() -> Iterator[None]:
 
         token = LISTENER.set(listen)
         try:
-            with _short_errors(), _interruptible():
+            # Joining the heartbeat thread costs a second at the end of every flow.
+            quiet = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+            with quiet, _short_errors(), _interruptible():
                 yield
         except KeyboardInterrupt:
             _leave()
@@ -554,6 +555,36 @@ def rollback(root: Root = Path(".")) -> None:
     out.print(f"champion: version {before} -> {after}", highlight=False)
 
 
+Models = Annotated[Path, typer.Option(help="Models folder.")]
+Version = Annotated[
+    str | None,
+    typer.Option(
+        help="Registered version of `fedcoe`, or champion or candidate, instead of --models."
+    ),
+]
+
+
+@contextmanager
+def _bundle(
+    models: Path, version: str | None, root: Path, precision: Any = None
+) -> Iterator["Bundle"]:
+    """The mixture in a folder, or a registered one."""
+    if version is None:
+        from fedcoe.bundle import load_bundle
+
+        yield load_bundle(models, precision)
+        return
+    from tasks.release import ALIASES, aliased, load_version
+    from tasks.tracking import use_default_stores
+
+    use_default_stores(root)
+    found = aliased(version) if version in ALIASES else version
+    if found is None:
+        raise FedCoEError(f"--version {version}: no version has that alias; see `fedcoe experts`")
+    with load_version(found, precision) as bundle:
+        yield bundle
+
+
 @app.command(
     epilog="Examples:  fedcoe predict photos/   |   fedcoe predict images.npz --mode unlabelled"
 )
@@ -562,21 +593,22 @@ def predict(
     mode: Annotated[
         str, typer.Option(help="none, or unlabelled (estimates the class mix from the images)")
     ] = "none",
-    models: Annotated[Path, typer.Option(help="Models folder.")] = Path("models"),
+    models: Models = Path("models"),
+    version: Version = None,
+    root: Root = Path("."),
     as_json: AsJson = False,
 ) -> None:
     """Predict classes of images of a client that never took part."""
     import numpy as np
 
-    from fedcoe.bundle import load_bundle
     from fedcoe.data.sources.images import read_images
 
     if mode not in ("none", "unlabelled"):
         raise FedCoEError(f"--mode {mode}: there are none and unlabelled")
-    bundle = load_bundle(models)
-    federation = bundle.method.federation
-    names, pixels = read_images(images, federation.shape)
-    p = np.exp(bundle.predict(pixels, mode))  # type: ignore[arg-type]
+    with _bundle(models, version, root) as bundle:
+        federation = bundle.method.federation
+        names, pixels = read_images(images, federation.shape)
+        p = np.exp(bundle.predict(pixels, mode))  # type: ignore[arg-type]
     rows: list[dict[str, Any]] = [
         {"image": name, "class": federation.class_names[int(row.argmax())], "p": float(row.max())}
         for name, row in zip(names, p, strict=True)
@@ -592,7 +624,7 @@ def predict(
 
 @app.command(
     epilog="Examples:  fedcoe join --data photos/   |   fedcoe join --data client.npz "
-    "--mode unlabelled --out predictions.csv   |   fedcoe join --data photos/ --json"
+    "--mode unlabelled --out predictions.csv   |   fedcoe join --data photos/ --version champion"
 )
 def join(
     data: Annotated[
@@ -603,14 +635,15 @@ def join(
         str | None,
         typer.Option(help="none, unlabelled or labels; default: labels where there are any."),
     ] = None,
-    models: Annotated[Path, typer.Option(help="Models folder.")] = Path("models"),
+    models: Models = Path("models"),
+    version: Version = None,
+    root: Root = Path("."),
     out_path: Annotated[
         Path | None, typer.Option("--out", help="Write predictions: .csv or .json.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take in a client never seen: experts that fit it, its class mix, predictions, accuracy."""
-    from fedcoe.bundle import load_bundle
     from fedcoe.cold_start import MODES
     from fedcoe.data.sources.client import read_client
     from fedcoe.join import SPLIT
@@ -620,10 +653,10 @@ def join(
         raise FedCoEError(f"--mode {mode}: there are {', '.join(MODES)}")
     if out_path is not None and out_path.suffix not in (".csv", ".json"):
         raise FedCoEError(f"--out {out_path}: must end in .csv or .json")
-    bundle = load_bundle(models)
-    federation = bundle.method.federation
-    client = read_client(data, federation.shape, federation.class_names)
-    joined = take_in(bundle, client.images, client.labels, mode)
+    with _bundle(models, version, root) as bundle:
+        federation = bundle.method.federation
+        client = read_client(data, federation.shape, federation.class_names)
+        joined = take_in(bundle, client.images, client.labels, mode)
     predictions = joined.rows(client.names, federation.class_names)
     if out_path is not None:
         from tasks.results import write_csv, write_json
@@ -664,10 +697,8 @@ def export(
     out_path: Annotated[
         Path | None, typer.Option("--out", help="Default: expert-N.pt2 or mixture.pt2.")
     ] = None,
-    models: Annotated[Path, typer.Option(help="Models folder.")] = Path("models"),
-    version: Annotated[
-        int | None, typer.Option(help="Of the registered `fedcoe`, instead of --models.")
-    ] = None,
+    models: Models = Path("models"),
+    version: Version = None,
     root: Root = Path("."),
 ) -> None:
     """Write one expert or the mixture as one file for a device, and check what it computes."""
@@ -678,18 +709,10 @@ def export(
     path = out_path or Path("mixture.pt2" if expert is None else f"expert-{expert}.pt2")
     if path.suffix != ".pt2":
         raise FedCoEError(f"--out {path}: must end in .pt2")
-    from fedcoe.bundle import load_bundle
     from fedcoe.export import export_pt2
 
-    if version is None:
-        difference = export_pt2(load_bundle(models, "fp32"), path, expert)
-    else:
-        from tasks.release import load_version
-        from tasks.tracking import use_default_stores
-
-        use_default_stores(root)
-        with load_version(str(version), "fp32") as bundle:
-            difference = export_pt2(bundle, path, expert)
+    with _bundle(models, version, root, "fp32") as bundle:
+        difference = export_pt2(bundle, path, expert)
     out.print(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB; probabilities differ from the model's by "
         f"at most {difference:.1g}",

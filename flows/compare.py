@@ -7,9 +7,7 @@ figures are functions of the cells (`tasks/comparison.py`).
 import json
 import re
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from fedcoe.data.dataset import load_dataset
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import method_class, method_names
 from flows.federated_training import federated_training
-from flows.pipeline import partition_data
+from flows.pipeline import partition_once
 from tasks.comparison import (
     Comparison,
     cell_name,
@@ -187,9 +185,13 @@ def compare_methods(
     A cell is one file; cells whose file says the same settings and data are not trained again.
 
     Args:
-        methods: default: all.
-        name: default: the dataset's.
-        cell_only: leave tables and figures to `render`.
+        root: folder of params.yaml and data/.
+        overrides: settings of every training that win over params.yaml, as section.key=value.
+        methods: what to train; empty: all methods.
+        seeds: of partition and training.
+        name: folder under results/; empty: the dataset's name.
+        rows: `plain` (with it: reweighting) and `all` switches on.
+        cell_only: leave tables and figures to `fedcoe compare --render`.
 
     Returns:
         The table of all cells in the folder, in Markdown.
@@ -287,27 +289,13 @@ def _make(root: Path, name: str, cell: Cell, data_hash: str, parent: Tracking) -
         log_row(parent, root, tags, made, metrics(measures(made, made)))
     else:
         method = cell.settings.method.model_dump(mode="json")
-        partitions = _partition(root, cell, data_hash)
+        partitions, _ = partition_once(root, cell.overrides)
         federated_training(str(root), cell.overrides, method, str(file), partitions, notes, tags)
         made = _read(root / file)
     if cell.row == "plain" and tags:
         again = made.get("reweighted") or made
         tags |= {"row": "reweighting"}
         log_row(parent, root, tags, made, metrics(measures(made, again)))
-
-
-def _partition(root: Path, cell: Cell, data_hash: str) -> str:
-    """Deal the data out once a seed; whole or not at all, as others may be comparing here too."""
-    name = f".fedcoe/partitions/{cell.settings.fingerprint('partition')}-{data_hash[:8]}"
-    if not (root / name).exists():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=(root / name).parent) as scratch:
-            made = Path(scratch).resolve() / "partitions"
-            partition_data(root, cell.overrides, str(made))
-            # Whoever came first has dealt the same.
-            with suppress(OSError):
-                made.rename(root / name)
-    return name
 
 
 def _elsewhere(results: Path, key: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The stages of dvc.yaml but training, which is a Prefect flow. They read and write files."""
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,27 @@ def partition_data(
     )
     save_partition(partition, settings, dataset.y_train, dataset.info.classes, root / folder)
     return list(partition.warnings)
+
+
+def partition_once(root: Path, overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """Deal the data in a folder named by what decides it, unless that was done before.
+
+    Whole or not at all: others may be dealing the same.
+
+    Returns:
+        The folder, under the root, and warnings if it was made now.
+    """
+    part = load_settings(root / "params.yaml", overrides).fingerprint("partition")
+    name = f".fedcoe/partitions/{part}-{load_dataset(root / 'data').info.hash[:8]}"
+    if (root / name).exists():
+        return name, []
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=(root / name).parent) as scratch:
+        made = Path(scratch).resolve() / "partitions"
+        warnings = partition_data(root, overrides, str(made))
+        with suppress(OSError):  # whoever came first has dealt the same
+            made.rename(root / name)
+    return name, warnings
 
 
 BASELINE = ".fedcoe/baseline.json"

@@ -13,7 +13,7 @@ from fedcoe.config import load_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.methods.settings import method_class
 from fedcoe.search_space import search_space
-from flows.pipeline import partition_data
+from flows.pipeline import partition_once
 from tasks.study import Plan, Study, lock
 from tasks.tracking import Tracking, log_files, start_study
 from tasks.trial import TrialProcess
@@ -39,14 +39,11 @@ def plan_search(
         objective = objective.replace("global", "personalized")
         notes.append(f"method {name} has no global model: the objective is {objective}")
     info = load_dataset(root / "data").info
-    partitions = (
-        root / ".fedcoe" / "partitions" / f"{settings.fingerprint('partition')}-{info.hash[:8]}"
+    partitions, warnings = partition_once(root, own)
+    notes += warnings
+    plan = Plan(
+        root, (root / partitions).resolve(), settings, space, objective, info.hash, info.name
     )
-    partitions.parent.mkdir(parents=True, exist_ok=True)
-    with lock(partitions.parent / "lock"):
-        if not partitions.exists():
-            notes += partition_data(root, own, str(partitions.relative_to(root)))
-    plan = Plan(root, partitions.resolve(), settings, space, objective, info.hash, info.name)
     return plan, notes
 
 

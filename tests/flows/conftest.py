@@ -2,10 +2,15 @@
 
 import os
 import shutil
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +173,48 @@ def fedcoe_command() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def model_server() -> Callable[..., AbstractContextManager[str]]:
+    """`model_server(store, alias, log)`: the address of a real `mlflow models serve`.
+
+    Its whole process group ends with the context.
+    """
+
+    @contextmanager
+    def serve(store: str, alias: str, log: Path) -> Iterator[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [
+            *(sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/fedcoe@{alias}"),
+            *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
+        ]
+        environment = os.environ | {
+            "MLFLOW_TRACKING_URI": store,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(240):
+                try:
+                    urllib.request.urlopen(f"{address}/ping", timeout=5)
+                    break
+                except OSError:
+                    assert process.poll() is None, log.read_text()[-2000:]
+                    time.sleep(0.25)
+            else:
+                pytest.fail(log.read_text()[-2000:])
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    return serve

@@ -1,5 +1,6 @@
 """`fedcoe up` to `fedcoe down` with real servers, and what keeps runs apart."""
 
+import base64
 import json
 import os
 import shutil
@@ -8,10 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -32,19 +35,24 @@ def site(new_project: Callable[..., Path]) -> Iterator[Path]:
     """A tiny project with the repository's deployments; whatever happens, nothing stays behind."""
     from tasks.processes import marked, stop
 
-    root = new_project(train={"rounds": 1}).resolve()
+    # A coordination head does well on features that were never trained.
+    root = new_project(method={"coordination_head": False}).resolve()
     shutil.copy(REPOSITORY / "prefect.yaml", root)
     yield root
     stop(marked(root))
 
 
-def fedcoe(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command as in a shell that knows of no server."""
+WORSE = ["train.rounds=1", "train.lr=1e-5", "method.experts=3"]
+
+
+def fedcoe(root: Path, *words: str, **given: str) -> subprocess.CompletedProcess[str]:
+    """The command as in a shell that knows of no server but those given."""
     environment = {k: v for k, v in os.environ.items() if k not in SERVERS}
     return subprocess.run(
         [sys.executable, "-c", "from flows.cli import main; main()", *words],
         cwd=root,
         env=environment
+        | given
         | {"OMP_NUM_THREADS": "1", "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"},
         capture_output=True,
         text=True,
@@ -62,8 +70,8 @@ def until(found: Callable[[], Any], seconds: float) -> Any:
 
 
 @pytest.mark.slow
-def test_from_nothing_to_a_training_and_a_scheduled_run_on_the_pool_and_back_to_nothing(
-    site: Path,
+def test_from_nothing_to_runs_on_the_pool_releases_and_a_served_client_and_back_to_nothing(
+    site: Path, model_server: Callable[..., Any], tmp_path: Path
 ) -> None:
     from mlflow import MlflowClient
     from prefect.client.orchestration import get_client
@@ -91,45 +99,102 @@ def test_from_nothing_to_a_training_and_a_scheduled_run_on_the_pool_and_back_to_
         for connection in process.net_connections("tcp"):
             assert connection.laddr.ip == "127.0.0.1", connection
 
+    address = f"http://127.0.0.1:{ports[1]}"
+    store = MlflowClient(address)
+
+    def champion() -> tuple[str, str]:
+        """Its version, and the learning rate it was trained with."""
+        version = store.get_model_version_by_alias("fedcoe", "champion")
+        return str(version.version), store.get_run(version.run_id).data.params["train.lr"]
+
     api = f"http://127.0.0.1:{ports[0]}/api"
     with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
         assert client.read_work_pool("gpu-pool").concurrency_limit == 1
+
+        def start(name: str, **parameters: Any) -> Any:
+            found = client.read_deployment_by_name(name)
+            return client.create_flow_run_from_deployment(found.id, parameters=parameters)
 
         def ended(run: Any) -> Any:
             state = client.read_flow_run(run.id).state
             return state if state is not None and state.is_final() else None
 
-        train = client.read_deployment_by_name("train/train")
-        good = client.create_flow_run_from_deployment(
-            train.id, parameters={"train": {"lr": 0.03}, "overrides": ["method.experts=1"]}
-        )
-        bad = client.create_flow_run_from_deployment(
-            train.id, parameters={"overrides": ["train.roundz=1"]}
-        )
-        nightly = client.read_deployment_by_name("nightly/nightly")
-        assert not any(schedule.active for schedule in nightly.schedules)
-        every_minute = CronSchedule(cron="* * * * *", timezone="UTC")
-        client.create_deployment_schedules(nightly.id, [(every_minute, True)])
+        def completed(run: Any) -> None:
+            state = until(lambda: ended(run), 120)
+            assert state.is_completed(), state
 
-        state = until(lambda: ended(good), 120)
-        assert state.is_completed(), state
+        bad = start("train/train", overrides=["train.roundz=1"])
+        good = start("train/train", train={"rounds": 1, "lr": 0.03}, overrides=["method.experts=1"])
+        compared = start(
+            "compare/compare",
+            methods=["fedavg"],
+            seeds=[0],
+            rows=["plain"],
+            overrides=["train.rounds=1"],
+        )
+        tuned = start(
+            "tune/tune",
+            overrides=[
+                "tune.trials=2",
+                "train.rounds=1",
+                "tune.space={train.lr: {low: 0.01, high: 0.1}}",
+            ],
+        )
         state = until(lambda: ended(bad), 60)
         assert state.is_failed() and "train.roundz = 1: unknown key" in state.message
         assert "\n" not in state.message
+        for run in (good, compared, tuned):
+            completed(run)
+        assert "| fedavg" in (site / "results/digits/table.md").read_text()
+        assert list((site / "results/tune").glob("*/*"))
+
+        # Released by hand, made worse on purpose: the first champion.
+        completed(start("nightly/nightly", overrides=WORSE))
+        assert champion() == ("2", "1e-05")
+
+        # By its schedule, as params.yaml says: better.
+        nightly = client.read_deployment_by_name("nightly/nightly")
+        assert not any(schedule.active for schedule in nightly.schedules)
+        every_minute = CronSchedule(cron="* * * * *", timezone="UTC")
+        [made] = client.create_deployment_schedules(nightly.id, [(every_minute, True)])
 
         def fired() -> Any:
             runs = client.read_flow_runs()
-            return next((r for r in runs if r.name == "nightly" and ended(r)), None)
+            return next((r for r in runs if r.auto_scheduled and ended(r)), None)
 
         run = until(fired, 150)
-        assert run.auto_scheduled and run.state.is_completed(), run.state
+        client.delete_deployment_schedule(nightly.id, made.id)
+        completed(run)
+        assert champion()[1] == "0.05"
 
-    store = MlflowClient(f"http://127.0.0.1:{ports[1]}")
-    versions = store.search_model_versions("name='fedcoe'")
-    trained = [store.get_run(version.run_id) for version in versions]
-    assert str(good.id) in {of.data.tags["flow_run"] for of in trained}
-    assert {of.data.params["train.lr"] for of in trained} == {"0.03", "0.05"}
-    assert store.get_model_version_by_alias("fedcoe", "champion")
+        # Worse again: refused.
+        best = champion()
+        completed(start("nightly/nightly", overrides=[*WORSE, "train.seed=1"]))
+        assert champion() == best
+        candidate = store.get_model_version_by_alias("fedcoe", "candidate")
+        assert candidate.tags["release_verdict"] == "refused"
+
+    # A client that arrives today is served by the champion, from the same registry.
+    images = np.load(site / "data/x_test.npy")[:200]
+    body = {
+        "inputs": images.tolist(),
+        "params": {"mode": "unlabelled", "inputs": base64.b64encode(images).decode()},
+    }
+    with model_server(address, "champion", tmp_path / "serve.log") as served:
+        request = urllib.request.Request(
+            f"{served}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            p = np.array(json.load(answer)["predictions"])
+    np.savez(tmp_path / "client.npz", x=images)
+    words = (str(tmp_path / "client.npz"), "--mode", "unlabelled", "--version", "champion")
+    done = fedcoe(site, "predict", *words, "--json", MLFLOW_TRACKING_URI=address)
+    assert done.returncode == 0, done.stderr
+    predicted = json.loads(done.stdout)
+    assert [row["p"] for row in predicted] == pytest.approx(p.max(axis=1).tolist(), abs=1e-6)
+
+    runs = store.search_runs([store.get_experiment_by_name("fedcoe").experiment_id])
+    assert str(good.id) in {of.data.tags.get("flow_run") for of in runs}
     assert not (site / "models").exists()  # what is in the project by hand stays its own
 
     done = fedcoe(site, "down")

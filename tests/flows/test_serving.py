@@ -2,12 +2,6 @@
 
 import base64
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -183,41 +177,10 @@ def test_too_many_images_are_refused(loaded: Any, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(scope="module")
-def server(project: Path) -> Iterator[str]:
-    """The address of a real server; its whole process group ends with the test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/fedcoe@candidate"),
-        *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
-    ]
-    environment = os.environ | {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{project}/.fedcoe/mlflow.db",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
-    log = project.parent / "serve.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, env=environment, stdout=file, stderr=file, start_new_session=True
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{address}/ping", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-2000:]
-                time.sleep(0.25)
-        else:
-            pytest.fail(log.read_text()[-2000:])
+def server(project: Path, model_server: Callable[..., Any]) -> Iterator[str]:
+    store = f"sqlite:///{project}/.fedcoe/mlflow.db"
+    with model_server(store, "candidate", project.parent / "serve.log") as address:
         yield address
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def post(address: str, body: Any, content: str = "application/json") -> tuple[int, str]:
