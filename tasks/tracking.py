@@ -14,19 +14,25 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from fedcoe import __version__
 from fedcoe.bundle import layout_of
 from fedcoe.evaluate import Evaluation
 from tasks.model_card import Lineage, card, expert_tags
 from tasks.run import Run
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 EXPERIMENT = "fedcoe"
 MODEL_CODE = Path(__file__).with_name("served_model.py")
@@ -59,6 +65,20 @@ class Tracking:
     """One MLflow run; without a `run_id` (store out of reach) every call does nothing."""
 
     run_id: str | None = None
+    _machine: "SystemMetricsMonitor | None" = field(default=None, repr=False)
+
+    def watch_machine(self, every: float = 10.0) -> None:
+        """Log processor, memory, disk, network and GPU use each so many seconds until `finish`.
+
+        GPUs are seen if `nvidia-ml-py` is installed.
+        """
+        if self.run_id is None:
+            return
+        with self._passing("machine"):
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._machine = SystemMetricsMonitor(self.run_id, every, resume_logging=True)
+            self._machine.start()
 
     def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
         """Log all numbers among `values` in one request."""
@@ -91,6 +111,8 @@ class Tracking:
         with self._passing("end of run"):
             from mlflow import MlflowClient
 
+            if self._machine is not None:
+                self._machine.finish()
             MlflowClient().set_terminated(self.run_id, status)
 
     @contextmanager
@@ -114,6 +136,7 @@ def start_tracking(run: Run, tags: Mapping[str, str]) -> Tracking:
         if memo.exists():
             tracking.run_id = client.get_run(memo.read_text()).info.run_id
             client.update_run(tracking.run_id, status="RUNNING")
+            tracking.watch_machine()
             return tracking
         settings = run.settings
         words = (settings.method.name, tags.get("row"), run.data.dataset.info.name)
@@ -121,25 +144,68 @@ def start_tracking(run: Run, tags: Mapping[str, str]) -> Tracking:
         created = client.create_run(_experiment(run.root), run_name=name, tags=dict(tags))
         from mlflow.entities import Param, RunTag
 
+        info, part = run.data.dataset.info, settings.partition
+        dvc_version = data_version(run.root)
         described = {
             "method": settings.method.name,
-            "dataset": run.data.dataset.info.name,
-            "data_hash": run.data.dataset.info.hash,
+            "dataset": info.name,
+            "data_hash": info.hash,
+            "data_version": dvc_version,
             "partition_fingerprint": run.data.partition.fingerprint,
+            "scheme": part.scheme,
+            "seed": str(settings.train.seed),
             "run_key": run.key,
             "fedcoe_version": __version__,
             "git_commit": git_commit(run.root),
             "machine": f"{platform.machine()}, {run.engine.workers} workers",
         }
+        if part.scheme == "dirichlet":
+            described["alpha"] = f"{part.alpha:g}"
         client.log_batch(
             created.info.run_id,
             params=[Param(k, str(v)) for k, v in flat(settings.model_dump(mode="json")).items()],
             tags=[RunTag(k, v) for k, v in described.items()],
         )
+        client.log_inputs(created.info.run_id, [_input(run, dvc_version)])
         tracking.run_id = created.info.run_id
+        tracking.watch_machine()
         memo.parent.mkdir(parents=True, exist_ok=True)
         memo.write_text(tracking.run_id)
     return tracking
+
+
+def _input(run: Run, dvc_version: str) -> "DatasetInput":
+    """The data as MLflow's pages know it; its digest names images, labels and their order."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    info, partition = run.data.dataset.info, run.data.partition
+    profile = {
+        "train": info.train,
+        "test": info.test,
+        "shape": list(info.shape),
+        "classes": len(info.classes),
+        "clients": partition.clients,
+        "partition_fingerprint": partition.fingerprint,
+        "data_version": dvc_version,
+    }
+    # MLflow's digests have at most 36 characters.
+    dataset = Dataset(
+        info.name,
+        info.hash[:16],
+        "dvc",
+        json.dumps({"uri": "data.dvc"}),
+        profile=json.dumps(profile),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+def data_version(root: Path) -> str:
+    """What data.dvc calls the data; `unknown` without one."""
+    try:
+        described = YAML(typ="safe", pure=True).load((root / "data.dvc").read_text())
+        return str(described["outs"][0]["md5"])
+    except (OSError, YAMLError, KeyError, IndexError, TypeError):
+        return "unknown"
 
 
 def git_commit(root: Path) -> str:
@@ -199,6 +265,7 @@ def register_models(
             "method": run.settings.method.name,
             "dataset": run.data.dataset.info.name,
             "data_hash": run.data.dataset.info.hash[:16],
+            "data_version": data_version(run.root),
             "partition_fingerprint": run.data.partition.fingerprint,
             "accuracy_global": f"{evaluation.overall['accuracy']:.4f}",
             "accuracy_personalized": f"{evaluation.personalized['accuracy']:.4f}",

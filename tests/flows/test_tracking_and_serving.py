@@ -29,6 +29,63 @@ def test_the_run_names_data_partition_commit_and_settings(project: Path, stores:
     assert run.info.status == "FINISHED"
 
 
+def test_runs_are_found_by_method_data_and_skew_and_name_their_data(
+    project: Path, stores: Any
+) -> None:
+    run = the_run(stores)
+    asked = "tags.method = 'fedcoe' and tags.dataset = 'digits' and tags.alpha = '0.3'"
+    experiment = [stores.get_experiment_by_name("fedcoe").experiment_id]
+    assert [found.info.run_id for found in stores.search_runs(experiment, asked)] == [
+        run.info.run_id
+    ]
+    assert not stores.search_runs(experiment, asked.replace("0.3", "0.1"))
+    assert (run.data.tags["scheme"], run.data.tags["seed"]) == ("dirichlet", "0")
+    [given] = run.inputs.dataset_inputs
+    data = json.loads((project / "data/dataset.json").read_text())
+    assert (given.dataset.name, given.dataset.digest) == ("digits", data["hash"][:16])
+    profile = json.loads(given.dataset.profile)
+    assert (profile["train"], profile["clients"]) == (data["train"], 6)
+
+
+def test_the_version_of_the_data_is_what_dvc_calls_it(tmp_path: Path) -> None:
+    from tasks.tracking import data_version
+
+    assert data_version(tmp_path) == "unknown"
+    for broken in ("outs: []", "outs: {", "- 1"):
+        (tmp_path / "data.dvc").write_text(broken)
+        assert data_version(tmp_path) == "unknown"
+    (tmp_path / "data.dvc").write_text("outs:\n- md5: 0d50.dir\n  path: data\n")
+    assert data_version(tmp_path) == "0d50.dir"
+
+
+def test_the_machine_is_watched_until_the_run_ends(
+    mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    import threading
+    import time
+
+    from mlflow import MlflowClient
+
+    from tasks.tracking import Tracking
+
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    tracking = Tracking(run_id)
+    tracking.watch_machine(0.05)
+    deadline = time.monotonic() + 20
+    while not client.get_metric_history(run_id, "system/cpu_utilization_percentage"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    tracking.finish("FINISHED")
+    assert not [t for t in threading.enumerate() if t.name == "SystemMetricsMonitor"]
+    found = client.get_run(run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["system/system_memory_usage_percentage"] > 0
+
+
 def test_the_git_commit_says_whether_files_differ_from_it(tmp_path: Path) -> None:
     from tasks.tracking import git_commit
 
