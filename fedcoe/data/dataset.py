@@ -15,8 +15,16 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
+from fedcoe.data.untrusted import MAX_TEXT, one_line, open_npy, read_bytes
 from fedcoe.errors import FedCoEError
 
 INFO = "dataset.json"
@@ -24,9 +32,6 @@ INFO = "dataset.json"
 DTYPES = {"x_train": "|u1", "y_train": "<i8", "x_test": "|u1", "y_test": "<i8"}
 CLIENT_DTYPE = "<i4"
 FILES = frozenset({INFO, *(f"{name}.npy" for name in (*DTYPES, "client_train"))})
-
-MAX_BYTES = 16 * 2**30
-"""Most bytes of images that sources read into memory; more is taken for a mistake or an attack."""
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -46,8 +51,8 @@ class DatasetInfo(BaseModel):
     shape: list[Count] = Field(min_length=3, max_length=3)
     train: Count
     test: Count
-    mean: list[float]
-    std: list[Annotated[float, Field(gt=0.0)]]
+    mean: list[FiniteFloat]
+    std: list[Annotated[FiniteFloat, Field(gt=0.0)]]
     clients: list[str]
     source: str
     licence: str
@@ -227,7 +232,7 @@ def channel_statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[flo
 
 def _load_info(path: Path) -> DatasetInfo:
     try:
-        return DatasetInfo.model_validate_json(path.read_bytes())
+        return DatasetInfo.model_validate_json(read_bytes(path, MAX_TEXT))
     except FileNotFoundError:
         raise FedCoEError(f"{path}: no dataset here; run `fedcoe fetch`") from None
     except OSError as error:
@@ -235,16 +240,19 @@ def _load_info(path: Path) -> DatasetInfo:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise _broken(path, f"{key}: {first['msg']}" if key else first["msg"]) from None
+        said = f"{key}: {first['msg']}" if key else first["msg"]
+        raise _broken(path, one_line(said)) from None
+    except ValueError as error:
+        raise _broken(path, one_line(error)) from None
 
 
 def _open_array(path: Path, dtype: str) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+        array = open_npy(path)
     except FileNotFoundError:
         raise _broken(path, "is missing") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise _broken(path, f"is not a whole .npy file ({_one_line(error)})") from None
+    except (OSError, ValueError) as error:
+        raise _broken(path, f"is not a whole .npy file ({one_line(error)})") from None
     if array.dtype.str != dtype:
         raise _broken(path, f"has dtype {array.dtype}, must be {np.dtype(dtype)}")
     if not array.flags.c_contiguous:
@@ -285,6 +293,8 @@ def _validate(name: str, raw: RawDataset) -> None:
     for what, names in (("class", raw.classes), ("client", raw.clients)):
         if len(set(names)) != len(names):
             raise refuse(f"two entries of the {what} names are equal")
+        if odd := [name for name in names if not name.isprintable() or not name.strip()]:
+            raise refuse(f"the {what} name {odd[0][:50]!r} is no printable text")
     if (raw.client_train is None) != (not raw.clients):
         raise refuse("client_train and the names of the clients must come together")
     if raw.client_train is not None:
@@ -304,7 +314,3 @@ def _within(values: NDArray[Any], count: int) -> bool:
 
 def _broken(path: Path, what: str) -> FedCoEError:
     return FedCoEError(f"{path}: {what}; run `fedcoe fetch` to build the dataset anew")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,6 +1,5 @@
 """Build the dataset folder: whole or not at all, and the same bytes wherever it is built."""
 
-import fcntl
 import filecmp
 import os
 import shutil
@@ -14,6 +13,7 @@ from fedcoe.data.sources import sources
 from fedcoe.data.sources.arrays import from_arrays
 from fedcoe.data.sources.folder import from_folder
 from fedcoe.errors import FedCoEError
+from fedcoe.locks import Lock
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,11 @@ def _staging(target: Path) -> Iterator[Path]:
     """A folder beside the target, ours alone; clears up after a fetch that was killed."""
     stage = target.with_name(f".{target.name}.fetch")
     stage.mkdir(exist_ok=True)
-    lock = os.open(stage, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FedCoEError(f"{target}: another fetch is at work; wait for it") from None
+        lock = Lock(stage, wait=False)
+    except BlockingIOError:
+        raise FedCoEError(f"{target}: another fetch is at work; wait for it") from None
+    with lock:
         if (stage / "old").exists() and not target.exists():
             (stage / "old").rename(target)  # killed between the two renames of _swap
         for left in stage.iterdir():
@@ -118,8 +117,6 @@ def _staging(target: Path) -> Iterator[Path]:
             # Never the last copy: _swap may have failed to put the old dataset back.
             if target.exists() or not (stage / "old").exists():
                 shutil.rmtree(stage)
-    finally:
-        os.close(lock)
 
 
 def _same(new: Path, old: Path) -> bool:

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedcoe.config import PartitionSettings
+from fedcoe.data.feature_skew import SKEW_GROUPS
+from fedcoe.data.untrusted import one_line, open_npy, read_json
 from fedcoe.errors import FedCoEError
 from fedcoe.streams import stream
 
@@ -89,6 +91,12 @@ class Partition:
             raise ValueError(f"{len(set(self.names))} different names for {self.clients} clients")
         _check_range("client", self.client, self.clients)
         _check_range("split", self.split, len(SPLITS))
+        if self.skew not in SKEW_GROUPS:
+            raise ValueError(f"feature skew {self.skew!r} is none of {', '.join(SKEW_GROUPS)}")
+        # Without skew nothing reads the groups.
+        groups = SKEW_GROUPS[self.skew] if self.skew != "none" else 128
+        _check_range("group", self.group, groups)
+        _check_range("test_group", self.test_group, groups)
 
     @property
     def clients(self) -> int:
@@ -251,15 +259,20 @@ def load_partition(folder: str | Path) -> Partition:
     folder = Path(folder)
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
+        if not isinstance(manifest, dict):
+            raise ValueError("is no JSON object")
         values: dict[str, Any] = {name: manifest[name] for name in ("seen", "new", "skew")}
+        if not all(type(values[name]) is int for name in ("seen", "new")):
+            raise ValueError("seen and new must be whole numbers")
         for name in ("names", "warnings"):
             values[name] = tuple(manifest[name])
+            if not all(isinstance(item, str) for item in values[name]):
+                raise ValueError(f"{name} must be a list of strings")
         fingerprint = manifest["fingerprint"]
         for name, dtype in _ARRAYS.items():
             path = folder / f"{name}.npy"
-            with path.open("rb") as file:
-                values[name] = np.lib.format.read_array(file, allow_pickle=False)
+            values[name] = open_npy(path)
             if values[name].dtype != dtype:
                 raise ValueError(f"holds {values[name].dtype}, not {np.dtype(dtype)}")
         path = folder
@@ -269,7 +282,7 @@ def load_partition(folder: str | Path) -> Partition:
     except FileNotFoundError:
         raise FedCoEError(f"{path}: no such file; run `dvc repro partition`") from None
     except Exception as error:  # damaged bytes make numpy's and json's readers raise anything
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        why = one_line(f"{type(error).__name__}: {error}")
         raise FedCoEError(f"{path}: damaged ({why}); run `dvc repro partition`") from None
     return partition
 

@@ -1,21 +1,23 @@
 """CIFAR-10 and CIFAR-100 from their official archives, whose pickles are read without trust."""
 
-import pickle
-import tarfile
-import zlib
-from io import BytesIO
+import gzip
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcoe.data.dataset import RawDataset
 from fedcoe.data.sources.download import obtain
+from fedcoe.data.sources.pickled import read_pickle
+from fedcoe.data.untrusted import check_unpacked, one_line, open_regular
 from fedcoe.errors import FedCoEError
 
 _MAX_MEMBER = 256 * 2**20  # CIFAR-100's training file is 155 MB
 _MAX_ARCHIVE = 2 * _MAX_MEMBER
+_MAX_MEMBERS = 1000
+_BLOCK = 512  # bytes; a tar pads everything to them
 
 
 class _Family(NamedTuple):
@@ -83,24 +85,63 @@ def build(name: str, download_dir: Path, *, check_md5: bool = True) -> RawDatase
 
 
 def _read_members(archive: Path, folder: str, names: tuple[str, ...]) -> dict[str, bytes]:
-    """The wanted files by exact name; nothing is ever extracted to disk."""
+    """The wanted files by exact name; nothing is ever extracted to disk.
+
+    A walk over the tar's blocks: tarfile itself reads extended headers of any size into memory.
+    """
+    wanted = {f"{folder}/{name}".encode(): name for name in names}
     found: dict[str, bytes] = {}
     total = 0
     try:
-        with tarfile.open(archive, "r|gz") as tar:
-            for member in tar:
-                total += member.size
-                if member.size > _MAX_MEMBER or total > _MAX_ARCHIVE:
-                    raise FedCoEError(f"{archive}: {member.name} is far too large; delete it")
-                name = member.name.removeprefix(f"{folder}/")
-                if name != member.name and name in names and member.isreg():
-                    file = tar.extractfile(member)
-                    found[name] = file.read() if file else b""
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise FedCoEError(f"{archive}: not a whole archive ({error}); delete it") from None
+        with open_regular(archive) as packed, gzip.open(packed) as tar:
+            for title, regular, size in _headers(tar):
+                total += size
+                if size > _MAX_MEMBER or total > _MAX_ARCHIVE:
+                    raise ValueError(f"{title.decode('ascii', 'replace')} is far too large")
+                check_unpacked(total, archive.stat().st_size)
+                if regular and title in wanted:
+                    found[wanted[title]] = _exactly(tar, size)
+                    _skip(tar, -size % _BLOCK)
+                else:
+                    _skip(tar, size + -size % _BLOCK)
+    except Exception as error:  # gzip and zlib meet broken files with any exception
+        said = one_line(error)
+        raise FedCoEError(f"{archive}: not a whole archive ({said}); delete it") from None
     if missing := [name for name in names if name not in found]:
         raise FedCoEError(f"{archive}: has no {folder}/{missing[0]}; delete it and fetch again")
     return found
+
+
+def _headers(tar: gzip.GzipFile) -> Iterator[tuple[bytes, bool, int]]:
+    """Name, whether it is a file, and size of every member; the caller reads past its content."""
+    for _ in range(_MAX_MEMBERS):
+        header = _exactly(tar, _BLOCK)
+        if not any(header):
+            return
+        checksum = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+        if _octal(header[148:156]) != checksum:
+            raise ValueError("a header's checksum is wrong")
+        yield header[:100].split(b"\0")[0], header[156:157] in b"0\0", _octal(header[124:136])
+    raise ValueError(f"has more than {_MAX_MEMBERS} members")
+
+
+def _octal(text: bytes) -> int:
+    digits = text.split(b"\0")[0].strip()
+    if digits[:1] >= b"\x80":
+        raise ValueError("a member is far too large")  # sizes from 8 GiB on are binary
+    return int(digits, 8)
+
+
+def _exactly(tar: gzip.GzipFile, size: int) -> bytes:
+    content = tar.read(size)
+    if len(content) != size:
+        raise ValueError("ends in the middle")
+    return content
+
+
+def _skip(tar: gzip.GzipFile, size: int) -> None:
+    while size:
+        size -= len(_exactly(tar, min(size, 2**20)))
 
 
 def _images_and_labels(
@@ -108,80 +149,24 @@ def _images_and_labels(
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     batch = _unpickle(archive, member, content)
     data, labels = batch.get(b"data"), batch.get(labels_key)
-    pixels = data.value if isinstance(data, _Array) else None
     if (
-        pixels is None
-        or pixels.shape[1:] != (3072,)
+        not isinstance(data, np.ndarray)
+        or data.ndim != 2
+        or data.shape[1] != 3072
         or not isinstance(labels, list)
-        or len(labels) != len(pixels)
+        or len(labels) != len(data)
         or not all(type(label) is int and 0 <= label < 2**31 for label in labels)
     ):
         raise FedCoEError(f"{archive}: {member} does not hold [N, 3072] bytes and N labels")
     # Stored as one plane a colour.
-    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return images, np.array(labels, dtype=np.int64)
 
 
-class _Array:
-    """Stands in for numpy.ndarray while a pickle is read: takes its state, runs none of its code.
-
-    `value` is the uint8 array that the state describes.
-    """
-
-    value: NDArray[np.uint8] | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, content = state
-        if not isinstance(dtype, _Dtype):
-            raise pickle.UnpicklingError("an array without a type")
-        flat = np.frombuffer(content, dtype=np.uint8)
-        self.value = flat.reshape(shape, order="F" if fortran else "C")
-
-
-class _Dtype:
-    """Stands in for numpy.dtype: only unsigned bytes occur in these files."""
-
-    def __init__(self, code: str | bytes, *_: object) -> None:
-        if code not in ("u1", b"u1"):
-            raise pickle.UnpicklingError(f"an array of {code!r}, not of bytes")
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
-def _encode(text: str, *_: object) -> bytes:
-    return text.encode("latin1")
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the few names that a pickled array consists of, and answers with harmless stand-ins."""
-
-    _NAMES: ClassVar = {
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): _encode,  # how Python 3 writes bytes in old protocols
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._NAMES[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
-
-
-def _unpickle(archive: Path, member: str, content: bytes) -> dict[Any, Any]:
+def _unpickle(archive: Path, member: str, content: bytes) -> dict[bytes, Any]:
     try:
-        value = _Unpickler(BytesIO(content), encoding="bytes").load()
-    except Exception as error:  # a hostile pickle can provoke any exception
+        return read_pickle(content)
+    except (ValueError, OverflowError) as error:
         raise FedCoEError(
-            f"{archive}: {member} is not the pickle it should be ({error}); delete it"
+            f"{archive}: {member} is not the pickle it should be ({one_line(error)}); delete it"
         ) from None
-    if not isinstance(value, dict):
-        raise FedCoEError(f"{archive}: {member} does not hold a dictionary; delete it")
-    return value

@@ -4,17 +4,20 @@ The tree is taken to come from a stranger: links out of it, images that unpack t
 files that are no images are refused by name.
 """
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from fedcoe.data.dataset import MAX_BYTES, RawDataset
+from fedcoe.data.dataset import RawDataset
+from fedcoe.data.untrusted import MAX_BYTES, check_unpacked, one_line, read_bytes
 from fedcoe.errors import FedCoEError
 from fedcoe.streams import stream
 
@@ -24,6 +27,7 @@ _IGNORED = frozenset({".txt", ".md"})
 _GRAY = frozenset({"1", "L", "LA"})
 _COLOUR = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 _MAX_PIXELS = 64_000_000
+_MAX_FILE = 256 * 2**20
 _TEST = 0.2
 
 
@@ -139,6 +143,8 @@ def walk_images(folder: Path, root: Path, depth: int) -> Iterator[Path]:
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if _ignored(entry):
             continue
+        if not entry.name.isprintable():
+            raise FedCoEError(f"{folder}: holds {entry.name!r}; rename it to printable text")
         if entry.is_symlink():
             target = entry.resolve()
             if not target.is_relative_to(root):
@@ -182,7 +188,15 @@ def _draw_test(path: Path, items: list[_Item], seed: int) -> NDArray[np.bool_]:
 def read_header(path: Path) -> tuple[tuple[int, int], bool]:
     """(width, height) and whether it is gray, without decoding."""
     with _open(path) as image:
-        if image.width * image.height > _MAX_PIXELS:
+        pixels = image.width * image.height
+        try:
+            # Pillow keeps colours in four bytes.
+            check_unpacked(4 * pixels, path.stat().st_size)
+        except ValueError as error:
+            raise FedCoEError(
+                f"{path}: {image.width}x{image.height} pixels, far too large: {error}"
+            ) from None
+        if pixels > _MAX_PIXELS:
             raise FedCoEError(f"{path}: {image.width}x{image.height} pixels, far too large")
         if image.mode not in _GRAY | _COLOUR:
             raise FedCoEError(f"{path}: has more than 8 bits a channel; convert it to 8 bits")
@@ -195,7 +209,12 @@ def read_pixels(paths: Sequence[Path], size: tuple[int, int], mode: str) -> NDAr
     Raises:
         FedCoEError: naming the file that is no readable image.
     """
-    pixels = np.empty((len(paths), size[1], size[0], len(mode)), dtype=np.uint8)
+    shape = (len(paths), size[1], size[0], len(mode))
+    try:
+        check_unpacked(math.prod(shape), sum(path.stat().st_size for path in paths))
+    except ValueError as error:
+        raise FedCoEError(f"{paths[0].parent}: {len(paths)} images: {error}") from None
+    pixels = np.empty(shape, dtype=np.uint8)
     for row, path in enumerate(paths):
         with _open(path) as image:
             try:
@@ -212,10 +231,31 @@ def _open(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(path, formats=_FORMATS)
+            # From memory: Pillow believes lengths in the file, and files allocate what is asked.
+            content = read_bytes(path, _MAX_FILE)
+            if content[:4] == b"RIFF":
+                width, height = _webp_size(content)
+                check_unpacked(4 * width * height, len(content))
+            return Image.open(BytesIO(content), formats=_FORMATS)
     except Exception as error:  # decoders meet broken files with any exception
         raise _unreadable(path, error) from None
 
 
+def _webp_size(content: bytes) -> tuple[int, int]:
+    """Width and height: Pillow allocates the pixels of WebP before it tells them."""
+    match content[12:16]:
+        case b"VP8X":
+            sides = content[24:27], content[27:30]
+            return 1 + int.from_bytes(sides[0], "little"), 1 + int.from_bytes(sides[1], "little")
+        case b"VP8L":
+            bits = int.from_bytes(content[21:25], "little")
+            return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    sides = content[26:28], content[28:30]
+    return int.from_bytes(sides[0], "little") & 0x3FFF, int.from_bytes(sides[1], "little") & 0x3FFF
+
+
 def _unreadable(path: Path, error: Exception) -> FedCoEError:
-    return FedCoEError(f"{path}: not readable as an image ({' '.join(str(error).split())})")
+    formats = ", ".join(_FORMATS)
+    known = not isinstance(error, UnidentifiedImageError)
+    said = one_line(error) if known else f"it is none of {formats}"
+    return FedCoEError(f"{path}: not readable as an image ({said})")

@@ -3,7 +3,6 @@
 import gzip
 import math
 import struct
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +11,14 @@ from numpy.typing import NDArray
 
 from fedcoe.data.dataset import RawDataset
 from fedcoe.data.sources.download import obtain
+from fedcoe.data.untrusted import check_unpacked, one_line, open_regular
 from fedcoe.errors import FedCoEError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""
 
-_MAX_BYTES = 256 * 2**20  # MNIST's images are 47 MB
 _MAX_RATIO = 1032  # deflate cannot compress further
+_MAX_BYTES = 256 * 2**20  # MNIST's images are 47 MB
 
 
 class _Family(NamedTuple):
@@ -117,7 +117,7 @@ def read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
         return FedCoEError(f"{path}: {what}; delete it and fetch again")
 
     try:
-        with gzip.open(path, "rb") as file:
+        with open_regular(path) as packed, gzip.open(packed) as file:
             header = file.read(4 + 4 * dims)
             if len(header) != 4 + 4 * dims or header[:4] != bytes((0, 0, 8, dims)):
                 raise refuse(f"is not an idx file of {dims}-dimensional unsigned bytes")
@@ -125,9 +125,12 @@ def read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
             size = math.prod(shape)
             if size > min(_MAX_BYTES, _MAX_RATIO * path.stat().st_size):
                 raise refuse(f"claims {size} bytes, more than it can hold")
+            check_unpacked(size, path.stat().st_size)
             content = file.read(size + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise refuse(f"cannot be read ({error})") from None
+    except FedCoEError:
+        raise
+    except Exception as error:  # gzip and zlib meet broken files with any exception
+        raise refuse(f"cannot be read ({one_line(error)})") from None
     if len(content) != size:
         raise refuse(f"holds {'fewer' if len(content) < size else 'more'} than {size} bytes")
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)

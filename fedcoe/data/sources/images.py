@@ -1,14 +1,13 @@
 """Images to predict: a folder of image files, or an .npz with an array `x`; no labels."""
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcoe.data.sources.arrays import as_images, check_sizes
+from fedcoe.data.sources.arrays import as_images
 from fedcoe.data.sources.folder import read_header, read_pixels
+from fedcoe.data.untrusted import one_line, read_npz
 from fedcoe.errors import FedCoEError
 
 
@@ -28,14 +27,18 @@ def read_images(path: Path, shape: tuple[int, int, int]) -> tuple[list[str], NDA
     height, width, channels = shape
     if path.suffix == ".npz":
         try:
-            check_sizes(path, ("x",), ())
-            with np.load(path, allow_pickle=False) as file:
-                pixels = as_images("x", file["x"])
-        except (KeyError, zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
-            raise FedCoEError(f"{path}: {' '.join(str(error).split())}") from None
+            pixels = as_images("x", read_npz(path, ("x",))["x"])
+        except ValueError as error:
+            raise FedCoEError(f"{path}: {one_line(error)}") from None
         return [str(row) for row in range(len(pixels))], pixels
     if path.is_dir():
         files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
+        root = path.resolve()
+        for file in files:
+            if not str(file.relative_to(path)).isprintable():
+                raise FedCoEError(f"{path}: holds {file.name!r}; rename it to printable text")
+            if not file.resolve().is_relative_to(root):
+                raise FedCoEError(f"{file}: is a link that leaves the folder; copy the file there")
     else:
         files = [path]
     if not files or not path.exists():
