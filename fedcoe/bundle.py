@@ -3,19 +3,21 @@
 experts/expert-<m>.safetensors     global experts, parameters by name
 gate.safetensors                   gate and coordination head (methods that have them)
 personal/<client>.safetensors      personal experts of seen clients, by client index
+personal/clients.json              with privacy: label counts and shares, which the rest lacks
 state.json                         settings, classes, label counts, correlation, calibration
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from fedcoe.cold_start import (
     MODES,
@@ -25,17 +27,31 @@ from fedcoe.cold_start import (
     predict_unlabelled,
 )
 from fedcoe.config import validate_settings
+from fedcoe.data.untrusted import one_line, read_json
 from fedcoe.engine.trainer import Trainer
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.base import Federation, Method, Scores
 from fedcoe.methods.settings import method_class
+from fedcoe.models import GateNetwork
 from fedcoe.models.flat import FlatModel, Layout
 from fedcoe.prediction import Log, prior_from_counts
-from fedcoe.state import PersonalStore, ServerState, load_model, save_model, write_atomic
+from fedcoe.state import (
+    DAMAGED,
+    PersonalStore,
+    ServerState,
+    load_arrays,
+    load_model,
+    save_arrays,
+    save_model,
+    sync_folder,
+    write_atomic,
+)
 
 FORMAT = 1
 PREDICTING = ("gate", "head")
 """What of a state's `extra` is needed to predict; the rest serves training."""
+OWN = "personal/clients.json"
+"""With privacy: what of `state.json` clients know and the server does not."""
 
 
 def layout_of(method: Method) -> Layout:
@@ -47,20 +63,33 @@ def layout_of(method: Method) -> Layout:
 def export_models(
     folder: Path, method: Method, state: ServerState, personal: PersonalStore
 ) -> None:
-    """Write a trained state to `folder`, replacing what is there."""
-    f = method.federation
-    layout = layout_of(method)
+    """Write a trained state to `folder`, replacing what is there.
+
+    Raises:
+        FedCoEError: the disk refuses; what was there is as it was.
+    """
     target = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(target, ignore_errors=True)
+    try:
+        _write_models(target, method, state, personal)
+        shutil.rmtree(folder, ignore_errors=True)
+        target.rename(folder)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+
+
+def _write_models(
+    target: Path, method: Method, state: ServerState, personal: PersonalStore
+) -> None:
+    f = method.federation
+    layout = layout_of(method)
     for m, vector in enumerate(state.experts):
         save_model(target / "experts" / f"expert-{m}.safetensors", vector, layout)
-    arrays = {
-        name: np.ascontiguousarray(array)
-        for name, array in state.extra.items()
-        if name in PREDICTING
-    }
+    arrays = {name: array for name, array in state.extra.items() if name in PREDICTING}
     if arrays:
-        write_atomic(target / "gate.safetensors", save(arrays))
+        save_arrays(target / "gate.safetensors", arrays)
     exported = PersonalStore(target / "personal", layout)
     for client, last in enumerate(state.personal_round):
         if last and method.personal_models:
@@ -84,10 +113,21 @@ def export_models(
         "calibration": dict(state.calibration),
         "diagnostics": dict(state.diagnostics),
     }
-    text = json.dumps(description, indent=1, sort_keys=True) + "\n"
+    if method.privacy is not None:
+        # What no mechanism covers stays beside personal experts, and goes to no registry.
+        own = {name: description[name] for name in ("label_counts", "share")}
+        write_atomic(target / OWN, (json.dumps(own) + "\n").encode())
+        nothing = {name: np.zeros_like(values).tolist() for name, values in own.items()}
+        description |= nothing | {"diagnostics": {}}
+    # Read back first: JSON has no tuples, and what is loaded is what is hashed.
+    description = json.loads(json.dumps(description))
+    text = json.dumps(description | {"hash": _hash(description)}, indent=1, sort_keys=True) + "\n"
     write_atomic(target / "state.json", text.encode())
-    shutil.rmtree(folder, ignore_errors=True)
-    target.rename(folder)
+
+
+def _hash(description: dict[str, Any]) -> str:
+    text = json.dumps(description, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -189,6 +229,87 @@ def check_labels(labels: NDArray[Any], count: int, classes: int) -> NDArray[np.i
     return labels.astype(np.int64)
 
 
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Side = Annotated[int, Field(ge=1, le=16_384)]
+
+
+class _Description(BaseModel):
+    """What `state.json` says, as far as it is read."""
+
+    format: int
+    round: Count
+    settings: dict[str, Any]
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    shape: tuple[Side, Side, Side]
+    mean: list[FiniteFloat]
+    std: list[Annotated[FiniteFloat, Field(gt=0.0)]]
+    classes: list[str] = Field(min_length=2)
+    clients: list[str] = Field(min_length=1)
+    groups: list[Count]
+    label_counts: list[list[Count]]
+    correlation: list[list[Annotated[FiniteFloat, Field(ge=0.0)]]]
+    dispatched: list[list[Count]]
+    personal_round: list[Count]
+    share: list[Annotated[FiniteFloat, Field(ge=0.0, le=1.0)]]
+    calibration: dict[str, FiniteFloat]
+    diagnostics: dict[str, float]
+
+
+def _shapes_of(method: Method) -> tuple[Layout, int]:
+    """Layout of an expert and number of its features, without allocating its weights."""
+    f = method.federation
+    with torch.device("meta"):
+        model = method.build(f.settings.model.name, f.shape, f.classes, 0)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}, model.head.in_features
+
+
+def _check_sizes(method: Method, state: ServerState, width: int) -> None:
+    """Everything that is combined in predicting fits and is finite.
+
+    Args:
+        width: number of an expert's features.
+
+    Raises:
+        ValueError: what does not.
+    """
+    f, experts = method.federation, method.experts
+    if not len(f.mean) == len(f.std) == f.shape[2]:
+        raise ValueError(f"state.json: mean and std must have {f.shape[2]} entries, one a channel")
+    per_client = {
+        "label_counts": (f.label_counts, (f.classes,)),
+        "groups": (np.array(f.groups), ()),
+        "correlation": (state.correlation, (experts,)),
+        "dispatched": (state.dispatched, (experts,)),
+        "personal_round": (state.personal_round, ()),
+        "share": (state.share, ()),
+    }
+    for name, (array, row) in per_client.items():
+        if array.shape != (expected := (len(f.names), *row)):
+            raise ValueError(f"state.json: {name} must have shape {expected}")
+    for m, expert in enumerate(state.experts):
+        if not np.isfinite(expert).all():
+            raise ValueError(f"expert-{m} holds NaN or infinite numbers")
+    d = min(method.gate_features or width, width)
+    sizes: dict[str, tuple[int, ...]] = {
+        "head": (experts * d + 1, f.classes),
+        "gate": (experts * d + 1, experts),
+    }
+    if getattr(f.settings.method, "gate", None) == "neural":
+        with torch.device("meta"):
+            network = GateNetwork(f.shape, experts, 0)
+        sizes["gate"] = (sum(p.numel() for p in network.parameters()),)
+    for name, array in state.extra.items():
+        if name not in sizes:
+            raise ValueError(f"gate.safetensors: no model has an array {name!r}")
+        if array.dtype != np.float32 or array.shape != sizes[name]:
+            raise ValueError(
+                f"gate.safetensors: {name} is {array.dtype} {list(array.shape)}, "
+                f"must be float32 {list(sizes[name])}"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"gate.safetensors: {name} holds NaN or infinite numbers")
+
+
 def load_bundle(
     folder: Path,
     precision: Literal["auto", "fp32", "bf16"] | None = None,
@@ -205,24 +326,25 @@ def load_bundle(
     """
     path = folder / "state.json"
     try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if description["format"] != FORMAT:
-            raise ValueError(f"format {description['format']}, this version reads {FORMAT}")
-        settings = validate_settings(description["settings"], str(path))
-        height, width, channels = (int(side) for side in description["shape"])
+        raw = read_json(path)
+        if isinstance(raw, dict) and raw.get("format") != FORMAT:
+            raise ValueError(f"format {raw.get('format')}, this version reads {FORMAT}")
+        own = read_json(folder / OWN) if (folder / OWN).exists() else {}
+        told = _Description.model_validate(raw | own)
+        settings = validate_settings(told.settings, str(path))
         federation = Federation(
             settings,
-            (height, width, channels),
-            len(description["classes"]),
-            np.array(description["label_counts"], np.int64),
-            tuple(description["clients"]),
-            tuple(description["groups"]),
-            tuple(description["classes"]),
-            tuple(description["mean"]),
-            tuple(description["std"]),
+            told.shape,
+            len(told.classes),
+            np.array(told.label_counts, np.int64),
+            tuple(told.clients),
+            tuple(told.groups),
+            tuple(told.classes),
+            tuple(told.mean),
+            tuple(told.std),
         )
         method: Method = method_class(settings.method.name)(federation)
-        layout = layout_of(method)
+        layout, width = _shapes_of(method)
         experts = np.stack(
             [
                 load_model(folder / "experts" / f"expert-{m}.safetensors", layout)
@@ -231,26 +353,30 @@ def load_bundle(
         )
         gate = folder / "gate.safetensors"
         state = ServerState(
-            round=int(description["round"]),
+            round=told.round,
             experts=experts,
             momentum=np.zeros((0, 0), np.float32),
-            correlation=np.array(description["correlation"], np.float64),
-            dispatched=np.array(description["dispatched"], np.int64),
-            personal_round=np.array(description["personal_round"], np.int64),
-            share=np.array(description["share"], np.float64),
-            calibration=description["calibration"],
-            diagnostics=description["diagnostics"],
-            extra=load_file(gate) if gate.exists() and only is None else {},
+            correlation=np.array(told.correlation, np.float64),
+            dispatched=np.array(told.dispatched, np.int64),
+            personal_round=np.array(told.personal_round, np.int64),
+            share=np.array(told.share, np.float64),
+            calibration=told.calibration,
+            diagnostics=told.diagnostics,
+            extra=load_arrays(gate) if gate.exists() and only is None else {},
         )
-        rows = {"correlation": (method.experts,), "dispatched": (method.experts,)}
-        for name in ("correlation", "dispatched", "personal_round", "share"):
-            expected = (federation.clients, *rows.get(name, ()))
-            if getattr(state, name).shape != expected:
-                raise ValueError(f"{name} must have shape {expected}")
-    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        _check_sizes(method, state, width)
+        # Last, so that mistakes of an edit are named; versions before this had none.
+        if raw.pop("hash", None) not in (None, _hash(raw)):
+            raise ValueError(f"state.json: {DAMAGED}")
+    except FedCoEError:
+        raise
+    except Exception as error:  # torch and safetensors meet wrong sizes with any exception
+        said = f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            said = f"state.json: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise FedCoEError(
-            f"{path.parent}: not a whole model ({type(error).__name__}: {error}); "
-            "train one: `dvc repro train`"
+            f"{path.parent}: not a whole model ({one_line(said)}); train one: `dvc repro train`"
         ) from None
     trainer = Trainer(
         settings.model.name,
@@ -258,7 +384,7 @@ def load_bundle(
         federation.classes,
         federation.mean,
         federation.std,
-        precision or description.get("precision", "auto"),
+        precision or told.precision,
         build=method.build,
     )
     return Bundle(method, state, trainer)

@@ -3,6 +3,7 @@
 Nothing that is loaded here can execute code.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from fedcoe.data.dataset import hash_arrays
-from fedcoe.errors import FedCoEError
+from fedcoe.data.untrusted import one_line, open_regular
+from fedcoe.errors import FedCoEError, disk_fault
 from fedcoe.models.flat import Layout, Vector, from_tensors, to_tensors
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -58,23 +60,60 @@ class ServerState:
         return replace(self, extra={**self.extra, **arrays})
 
 
+DAMAGED = "its bytes are not those that were written"
 _FIELDS = ("experts", "momentum", "correlation", "dispatched", "personal_round", "share")
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any instant leaves the old or the new one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that a crash at any instant leaves the old or the new one whole.
+
+    Raises:
+        FedCoEError: the disk refuses; the old file is as it was and nothing else is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise disk_fault(error, path, len(content)) from None
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Delete what killed processes left of `write_atomic` in a folder.
+
+    Args:
+        name: of the file that was to be written.
+    """
+    for path in folder.glob(f".{name}.*.tmp"):
+        pid = path.name.rsplit(".", 2)[1]
+        try:
+            os.kill(int(pid), 0)
+        except (ProcessLookupError, ValueError):
+            path.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # somebody else's, and alive
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was renamed into a folder outlast a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def _digest(text: str, arrays: Arrays) -> str:
+    return hashlib.sha256(f"{text}\n{hash_arrays(arrays)}".encode()).hexdigest()
 
 
 def save_state(path: Path, state: ServerState, **notes: Any) -> None:
@@ -86,10 +125,11 @@ def save_state(path: Path, state: ServerState, **notes: Any) -> None:
         "calibration": dict(state.calibration),
         "diagnostics": dict(state.diagnostics),
         "notes": notes,
-        "hash": hash_arrays(arrays),
     }
     # Keys keep their order: the columns of tables come from it, also after a resume.
-    write_atomic(path, save(arrays, metadata={"fedcoe": json.dumps(header)}))
+    text = json.dumps(header)
+    # One entry: safetensors writes several in any order, and equal states are equal files.
+    write_atomic(path, save(arrays, metadata={"fedcoe": f"{_digest(text, arrays)} {text}"}))
 
 
 def load_state(path: Path) -> tuple[ServerState, dict[str, Any]]:
@@ -101,9 +141,10 @@ def load_state(path: Path) -> tuple[ServerState, dict[str, Any]]:
     try:
         arrays = load_file(path)
         with safe_open(path, framework="np") as file:
-            header = json.loads((file.metadata() or {})["fedcoe"])
-        if header["hash"] != hash_arrays(arrays):
-            raise ValueError("its bytes are not those that were written")
+            digest, _, text = (file.metadata() or {})["fedcoe"].partition(" ")
+        if digest != _digest(text, arrays):
+            raise ValueError(DAMAGED)
+        header = json.loads(text)
         extra = {name[6:]: a for name, a in arrays.items() if name.startswith("extra.")}
         fields = {name: arrays[name] for name in _FIELDS}
         state = ServerState(
@@ -114,10 +155,8 @@ def load_state(path: Path) -> tuple[ServerState, dict[str, Any]]:
             **fields,
         )
         return state, header["notes"]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise FedCoEError(
-            f"{path}: not a whole state file ({error}); train again: `dvc repro train`"
-        ) from None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise FedCoEError(f"{path}: not a whole state file ({one_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -128,6 +167,8 @@ class PersonalStore:
     what the last checkpoints refer to, so that a run killed between a client's training and the
     checkpoint resumes from the file the checkpoint names. With a `layout`, the store is the
     exported folder `models/personal/`: one file a client, parameters by name.
+
+    Files carry a hash of what they hold, which `load` compares.
     """
 
     folder: Path
@@ -154,7 +195,7 @@ class PersonalStore:
 
 def save_model(path: Path, vector: Vector, layout: Layout | None) -> None:
     """Write one model's [P] parameters, by name if a layout is given, atomically."""
-    write_atomic(path, save({"vector": vector} if layout is None else to_tensors(vector, layout)))
+    save_arrays(path, {"vector": vector} if layout is None else to_tensors(vector, layout))
 
 
 def load_model(path: Path, layout: Layout | None) -> Vector:
@@ -164,9 +205,30 @@ def load_model(path: Path, layout: Layout | None) -> Vector:
         FedCoEError: missing, damaged, or not of this layout.
     """
     try:
-        arrays = load_file(path)
+        arrays = load_arrays(path)
         if layout is None:
             return np.asarray(arrays["vector"], np.float32)
         return from_tensors(arrays, layout)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise FedCoEError(f"{path}: not a readable model ({error})") from None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise FedCoEError(f"{path}: not a readable model ({one_line(error)})") from None
+
+
+def save_arrays(path: Path, arrays: Arrays) -> None:
+    """Write a safetensors file with a hash of what it holds, atomically."""
+    content = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_atomic(path, save(content, metadata={"hash": hash_arrays(content)}))
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read what `save_arrays` wrote. Files without any metadata, of older versions, are trusted.
+
+    Raises:
+        OSError, SafetensorError, ValueError, TypeError: missing, of another kind, or damaged.
+    """
+    open_regular(path).close()  # never wait for a pipe
+    arrays = load_file(path)
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    if metadata is not None and metadata.get("hash") != hash_arrays(arrays):
+        raise ValueError(DAMAGED)
+    return arrays

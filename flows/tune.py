@@ -11,10 +11,11 @@ from prefect.runtime import flow_run
 
 from fedcoe.config import load_settings
 from fedcoe.data.dataset import load_dataset
+from fedcoe.locks import Lock
 from fedcoe.methods.settings import method_class
 from fedcoe.search_space import search_space
 from flows.pipeline import partition_once
-from tasks.study import Plan, Study, lock
+from tasks.study import Plan, Study
 from tasks.tracking import Tracking, log_files, start_study
 from tasks.trial import TrialProcess
 from tasks.tuning import report_study, search, track, write_search
@@ -74,7 +75,7 @@ def tune(
     plan, _ = plan_search(Path(root), overrides, method)
     with _opened(plan) as study:
         memo = plan.folder / "mlflow-run"
-        with lock(plan.folder / "mlflow.lock"):
+        with Lock(plan.folder / "mlflow.lock"):
             tracking = start_study(plan.root, memo, plan.name, *_described(plan))
         try:
             best = _search(study, tracking, workers)

@@ -1,12 +1,15 @@
-"""Locks between processes. The kernel lets go of them when their holder dies, however it dies."""
+"""Locks of a project, under `.fedcoe/locks/`; see `fedcoe.locks` for what a crash leaves: none."""
 
-import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
+
+from fedcoe.errors import FedCoEError, disk_fault
+from fedcoe.locks import Lock
 
 
 @contextmanager
@@ -20,16 +23,51 @@ def locked(
         shared: any number may hold it so, as long as none holds it alone.
         wait: or raise BlockingIOError.
     """
+    path = _path(root, name)
+    try:
+        lock = Lock(path, shared, wait=False)
+    except BlockingIOError:
+        if not wait:
+            raise
+        with suppress(MissingContextError):  # outside a flow nobody would read it
+            get_run_logger().warning("waiting for %s", what)
+        lock = Lock(path, shared)
+    with lock:
+        yield
+
+
+@contextmanager
+def sole(root: Path, name: str, what: str) -> Iterator[None]:
+    """Hold `.fedcoe/locks/<name>` under `root`, which says whose it is.
+
+    Args:
+        what: begins the sentence "... is at work in this folder".
+
+    Raises:
+        FedCoEError: another process holds it.
+    """
+    path = _path(root, name)
+    try:
+        lock = Lock(path, wait=False)
+    except BlockingIOError:
+        holder = path.read_text().strip()
+        end, process = (f" or `kill {holder}`", f" (process {holder})") if holder else ("", "")
+        raise FedCoEError(
+            f"{what} is at work in {root.resolve()}{process}: wait for it{end}, "
+            "or work in another folder"
+        ) from None
+    with lock:
+        try:
+            path.write_text(f"{os.getpid()}\n")
+        except OSError as error:
+            raise disk_fault(error, path) from None
+        try:
+            yield
+        finally:
+            path.write_text("")
+
+
+def _path(root: Path, name: str) -> Path:
     path = root / ".fedcoe" / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            with suppress(MissingContextError):  # outside a flow nobody would read it
-                get_run_logger().warning("waiting for %s", what)
-            fcntl.flock(file, kind)
-        yield
+    return path

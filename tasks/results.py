@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,20 @@ from fedcoe.cold_start import NewClient, summary
 from fedcoe.cold_start import rows as new_client_rows
 from fedcoe.config import Settings
 from fedcoe.evaluate import Evaluation
-from fedcoe.state import ServerState, write_atomic
+from fedcoe.state import ServerState, sweep, write_atomic
 from tasks import figures
 from tasks.checkpoint import History, spent
 from tasks.run import Run
 from tasks.tracking import git_commit
 
+PRIVACY = ("epsilon", "delta")
+"""Names of a curve's columns that only runs with privacy have."""
+
 
 def write_json(path: Path, value: Any) -> None:
     """Sorted, indented, floats rounded to 6 digits, atomically."""
     text = json.dumps(_rounded(value), indent=2, sort_keys=True) + "\n"
+    sweep(path.parent, path.name)  # DVC hashes whole folders
     write_atomic(path, text.encode())
 
 
@@ -44,6 +49,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(_rounded(list(rows)))
+    sweep(path.parent, path.name)
     write_atomic(path, text.getvalue().encode())
 
 
@@ -58,14 +64,17 @@ def _rounded(value: Any) -> Any:
 
 
 def train_figures(history: History) -> dict[str, Any]:
-    """`metrics/train.json`."""
+    """`metrics/train.json`; with the updates left out by reason and the privacy spent, if any."""
+    dropped = sum((Counter(row["dropped"]) for row in history.rounds), Counter[str]())
+    spent = {name: history.curves[-1][name] for name in PRIVACY if name in history.curves[-1]}
     return {
         "rounds": len(history.rounds),
         "best_round": history.best_round,
         "images_trained": history.total("images"),
         "bytes_up": history.total("bytes_up"),
         "bytes_down": history.total("bytes_down"),
-    }
+        **spent,
+    } | ({"dropped": dict(dropped)} if dropped else {})
 
 
 def evaluation_figures(settings: Settings, evaluation: Evaluation) -> dict[str, Any]:

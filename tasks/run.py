@@ -1,10 +1,13 @@
 """What all tasks of one training run share: where things are, the method, the engine."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import fedcoe
 from fedcoe import __version__
 from fedcoe.config import Settings, fingerprint_of
 from fedcoe.data.dataset import load_dataset
@@ -27,6 +30,9 @@ class Run:
     engine: Engine
     key: str
     """Names the run: equal keys mean equal results, byte for byte, on one machine."""
+    code: str
+    """Hash of the library's source when the run was opened. No part of the key, which names
+    results, but a checkpoint of other code is not continued."""
 
     @property
     def scratch(self) -> Path:
@@ -37,19 +43,41 @@ class Run:
     def personal(self) -> PersonalStore:
         return PersonalStore(self.scratch / "personal")
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a checkpoint of this run says it was made from."""
+        named = _named(self.settings).model_dump(mode="json")
+        return {"settings": named, **_fingerprints(self.data), "code": self.code}
+
 
 def run_key(settings: Settings, data: ClientData) -> str:
     """16 hex digits of everything the result depends on."""
-    named = settings.model_copy(
-        update={"runtime": settings.runtime.model_copy(update={"workers": 0})}
-    )
-    values = {
-        "settings": named.fingerprint(),
+    return fingerprint_of({"settings": _named(settings).fingerprint(), **_fingerprints(data)})
+
+
+def _named(settings: Settings) -> Settings:
+    """Without what decides nothing."""
+    runtime = settings.runtime.model_copy(update={"workers": 0})
+    return settings.model_copy(update={"runtime": runtime})
+
+
+def _fingerprints(data: ClientData) -> dict[str, str]:
+    return {
         "data": data.dataset.info.hash,
         "partition": data.partition.fingerprint,
         "version": __version__,
     }
-    return fingerprint_of(values)
+
+
+def code_hash() -> str:
+    """sha256 over the names and bytes of the library's source files."""
+    folder = Path(fedcoe.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -61,7 +89,7 @@ def open_run(settings: Settings, root: Path, partitions: Path) -> Iterator[Run]:
     """
     data = ClientData(load_dataset(root / "data"), load_partition(partitions))
     method: Method = method_class(settings.method.name)(Federation.of(settings, data))
-    key = run_key(settings, data)
+    key, code = run_key(settings, data), code_hash()
     personal = root / ".fedcoe" / "runs" / f"{settings.method.name}-{key}" / "personal"
     vectorized, devices = hardware(settings.runtime.engine)
     site = Site(
@@ -75,4 +103,4 @@ def open_run(settings: Settings, root: Path, partitions: Path) -> Iterator[Run]:
         build=method.build,
     )
     with Engine(site, settings.runtime.workers) as engine:
-        yield Run(root, settings, data, method, engine, key)
+        yield Run(root, settings, data, method, engine, key, code)

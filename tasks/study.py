@@ -5,7 +5,6 @@ So a trial that is marked as running and whose lock is free was abandoned: it co
 its parameters are tried again. (Optuna's own heartbeat needs a database server.)
 """
 
-import fcntl
 import shutil
 import time
 import uuid
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import optuna
 from optuna.pruners import BasePruner, MedianPruner, NopPruner
@@ -24,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fedcoe import __version__
 from fedcoe.config import Settings, TuneSettings, fingerprint_of
+from fedcoe.locks import Lock
 from fedcoe.search_space import Dimension
 from fedcoe.streams import stream
 
@@ -106,7 +106,7 @@ class Study:
         _workers(plan).mkdir(parents=True, exist_ok=True)
         with self._claiming():
             self.scratch.mkdir()
-            self._alive = lock(self.scratch / "alive")
+            self._alive = Lock(self.scratch / "alive")
             journal_lock.acquire()
             _mend(journal)
             journal_lock.release()
@@ -188,7 +188,7 @@ class Study:
 
     @contextmanager
     def _claiming(self) -> Iterator[None]:
-        with lock(self.plan.folder / "claim.lock"):
+        with Lock(self.plan.folder / "claim.lock"):
             yield
 
 
@@ -222,18 +222,10 @@ def _workers(plan: Plan) -> Path:
     return plan.folder / "workers"
 
 
-def lock(path: Path) -> TextIO:
-    """Wait for the lock; closing the file, or dying, lets go of it."""
-    file = path.open("a")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
-
-
 def alive(plan: Plan, worker: str) -> bool:
     """Whether the process that opened the study under this name still runs."""
     try:
-        with (_workers(plan) / worker / "alive").open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Lock(_workers(plan) / worker / "alive", wait=False).close()
     except BlockingIOError:
         return True
     except FileNotFoundError:
@@ -248,7 +240,7 @@ class _JournalLock:
         self.path = path
 
     def acquire(self) -> bool:
-        self.file = lock(self.path)
+        self.file = Lock(self.path)
         return True
 
     def release(self) -> None:

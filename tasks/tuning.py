@@ -15,11 +15,12 @@ from ruamel.yaml import YAML
 
 from fedcoe.config import TuneSettings
 from fedcoe.errors import FedCoEError
+from fedcoe.locks import Lock
 from fedcoe.search_space import overlay, with_values
 from fedcoe.state import write_atomic
 from tasks.progress import report_progress
 from tasks.results import write_csv
-from tasks.study import Plan, Study, lock
+from tasks.study import Plan, Study
 from tasks.tracking import Tracking, log_trials
 from tasks.trial import TrialProcess
 
@@ -71,7 +72,7 @@ def report_study(study: Study) -> None:
 
 def track(study: Study, tracking: Tracking) -> None:
     """Log trials that are not in MLflow yet, also those of an earlier, interrupted search."""
-    with lock(study.plan.folder / "mlflow.lock"):
+    with Lock(study.plan.folder / "mlflow.lock"):
         trials = [
             {
                 "number": t.number,

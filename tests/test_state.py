@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 from dataclasses import fields, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedcoe.state import (
     load_state,
     save_model,
     save_state,
+    sweep,
     write_atomic,
 )
 
@@ -78,10 +80,13 @@ def test_a_state_cut_short_anywhere_is_refused_by_name(state, tmp_path):
 
 def test_a_state_with_any_byte_flipped_is_refused_by_name(state, tmp_path):
     path = tmp_path / "state"
-    save_state(path, state)
+    save_state(path, state, note="some")
     whole = path.read_bytes()
     body = 8 + int.from_bytes(whole[:8], "little")
-    for position in (0, 3, 9, *range(body, len(whole), 17), len(whole) - 1):
+    assert b'"note": "some"' in whole.replace(b"\\", b"")
+    for position in (0, 3, *range(9, len(whole), 7), len(whole) - 1):
+        if position < body and whole[position : position + 1] == b" ":
+            continue  # padding
         flipped = bytearray(whole)
         flipped[position] ^= 0x40
         path.write_bytes(flipped)
@@ -106,9 +111,24 @@ def test_a_write_that_fails_leaves_the_old_file(state, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(FedCoEError, match="state: cannot be written: No space left"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_what_killed_processes_left_is_swept_and_what_live_ones_write_is_not(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f".a.{dead.pid}.tmp", f".b.{dead.pid}.tmp", f".a.{os.getpid()}.tmp", "a.1.tmp"):
+        (tmp_path / name).touch()
+    sweep(tmp_path, "a")
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        [f".b.{dead.pid}.tmp", f".a.{os.getpid()}.tmp", "a.1.tmp"]
+    )
+    sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([f".a.{os.getpid()}.tmp", "a.1.tmp"])
+    sweep(tmp_path / "none")
 
 
 def test_what_travels_to_workers_has_no_momentum_and_leaves_the_state_alone(state):
@@ -171,6 +191,29 @@ def test_models_by_name_are_checked_against_the_layout(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(FedCoEError, match=r"expert\.safetensors: not a readable model"):
         load_model(path, flat.layout)
+
+
+def test_a_model_with_any_byte_of_its_parameters_flipped_is_refused_by_name(tmp_path):
+    from fedcoe.models import build_expert
+
+    flat = FlatModel(build_expert("gn_cnn", (8, 8, 1), 4, 0))
+    for layout in (None, flat.layout):
+        path = tmp_path / f"{layout is None}.safetensors"
+        save_model(path, flat.read(), layout)
+        whole = path.read_bytes()
+        body = 8 + int.from_bytes(whole[:8], "little")
+        for position in (*range(body, len(whole), 4001), len(whole) - 1):
+            flipped = bytearray(whole)
+            flipped[position] ^= 0x01
+            path.write_bytes(flipped)
+            with pytest.raises(FedCoEError, match="not those that were written"):
+                load_model(path, layout)
+
+
+def test_models_of_versions_that_wrote_no_hash_are_still_read(tmp_path):
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(save({"vector": np.ones(3, np.float32)}))
+    assert load_model(path, None).tolist() == [1, 1, 1]
 
 
 def test_a_state_is_replaced_not_changed(state):

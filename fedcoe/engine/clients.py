@@ -8,16 +8,32 @@ from numpy.typing import NDArray
 from fedcoe.data.dataset import Dataset
 from fedcoe.data.feature_skew import apply_skew
 from fedcoe.data.partition import TEST, TRAIN, VALIDATION, Partition
+from fedcoe.errors import FedCoEError
 
 __all__ = ["TEST", "TRAIN", "VALIDATION", "ClientData"]
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """Images and labels by client and split, with the client's feature skew applied."""
+    """Images and labels by client and split, with the client's feature skew applied.
+
+    Raises:
+        FedCoEError: the partition deals another number of samples than the dataset has.
+    """
 
     dataset: Dataset
     partition: Partition
+
+    def __post_init__(self) -> None:
+        for split, dealt, held in (
+            ("training", self.partition.client, self.dataset.y_train),
+            ("test", self.partition.test_group, self.dataset.y_test),
+        ):
+            if len(dealt) != len(held):
+                raise FedCoEError(
+                    f"the partition is of other data: it has {len(dealt)} {split} samples, "
+                    f"{self.dataset.info.name} has {len(held)}; run `dvc repro partition`"
+                )
 
     def images(self, client: int, split: int) -> NDArray[np.uint8]:
         """[n, H, W, C] of one client's split, in the order of the sample index."""

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +103,24 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+class _NoMemory(Exception):
+    """A worker got no memory, and still lives to say so."""
+
+
 def _call(function: Callable[..., R], args: tuple[object, ...]) -> R:
     assert _side is not None
-    return function(_side, *args)
+    return _within_memory(_side, function, args)
+
+
+def _within_memory(side: ClientSide, function: Callable[..., R], args: tuple[object, ...]) -> R:
+    try:
+        return function(side, *args)
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class for a full GPU, and for a full machine only words.
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if full or "can't allocate memory" in str(error):
+            raise _NoMemory(str(error).splitlines()[0] if str(error) else "") from None
+        raise
 
 
 def hardware(engine: Literal["auto", "sequential", "vectorized"]) -> tuple[bool, tuple[str, ...]]:
@@ -113,6 +128,9 @@ def hardware(engine: Literal["auto", "sequential", "vectorized"]) -> tuple[bool,
     gpus = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
     vectorized = engine == "vectorized" or (engine == "auto" and bool(gpus))
     return vectorized, gpus if vectorized and gpus else ("cpu",)
+
+
+_LESS = "lower runtime.workers or train.batch_size"
 
 
 class Engine:
@@ -136,13 +154,18 @@ class Engine:
             self._pool = self._new_pool()
             # Workers import torch while the caller goes on.
             for _ in range(self.workers):
-                self._pool.submit(os.getpid)
+                self._submit(self._pool, os.getpid)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        self._pool = self._inline = None
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        pool, self._pool, self._inline = self._pool, None, None
+        if pool is None:
+            return
+        if kind is not None and not issubclass(kind, Exception):
+            # Asked to end now, by Ctrl-C or Prefect: not after what workers are at.
+            for worker in list(pool._processes.values()):
+                worker.kill()
+        pool.shutdown(cancel_futures=True)
 
     def _new_pool(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
@@ -150,30 +173,47 @@ class Engine:
             self.workers, context, _start, (self.site, context.Value("i", 0))
         )
 
+    def _submit(self, pool: ProcessPoolExecutor, *call: Any) -> Future[Any]:
+        # A worker that starts now does so deaf to Ctrl-C, which would end it before `_start`.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.submit(*call)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def run(self, function: Callable[..., R], *args: object) -> R:
         """Call `function(side, *args)` in a worker and wait; safe to call from several threads.
 
         Raises:
-            FedCoEError: a worker process died twice at this work. It is replaced once, in
-                silence: a worker lost to a passing lack of memory must not end a long run.
+            FedCoEError: a worker process died, or got no memory, twice at this work. Once is
+                passed over in silence: a passing lack of memory must not end a long run.
         """
         if self._inline is not None:
             with self._lock:
-                return function(self._inline, *args)
+                try:
+                    return _within_memory(self._inline, function, args)
+                except _NoMemory as error:
+                    raise FedCoEError(f"memory ran out ({error}): {_LESS}") from None
+        reason = ""
         for _ in range(2):
             pool = self._pool
-            assert pool is not None
+            if pool is None:
+                raise FedCoEError("the engine is not open, or was closed while this was at work")
             try:
-                return pool.submit(_call, function, args).result()
+                done: R = self._submit(pool, _call, function, args).result()
+                return done
+            except _NoMemory as error:
+                reason = f"memory ran out twice at the same work ({error}): {_LESS}"
             except BrokenProcessPool:
+                reason = (
+                    f"a worker process died twice at the same work; most often memory ran out: "
+                    f"{_LESS}"
+                )
                 with self._lock:
                     if self._pool is pool:
                         pool.shutdown(wait=False)
                         self._pool = self._new_pool()
-        raise FedCoEError(
-            "a worker process died twice at the same work; most often memory ran out: "
-            "lower runtime.workers or train.batch_size"
-        )
+        raise FedCoEError(reason)
 
     def map(self, function: Callable[..., R], *args: object, over: Sequence[object]) -> list[R]:
         """`function(side, *args, item)` for every item, at once; results in the items' order."""
