@@ -34,10 +34,11 @@ test: install  ## The whole test suite
 test-fast: install  ## Tests that take seconds
 	python -m pytest -m 'not slow and not browser'
 
-lint: install  ## Formatting, rules and types
+lint: install  ## Formatting, rules, types; known vulnerabilities of dependencies
 	ruff format --check .
 	ruff check .
 	mypy
+	python .ci/audit.py
 
 bench: install  ## Measure speed and memory (docs/performance.md); not a test
 	python benchmarks/sequential_loop.py

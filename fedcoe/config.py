@@ -6,6 +6,8 @@ misspelt setting never trains with its default in silence.
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,12 +22,18 @@ from pydantic import (
     model_validator,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
+from fedcoe.data.untrusted import one_line
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import MethodSettings, settings_for
 from fedcoe.models.experts import EXPERTS
 
+MAX_YAML = 100_000
+"""Longest parameter file, in characters."""
+MAX_ALIASES = 20
+MAX_NORM = 2.0**12
+"""An update at least this long is always left out: exact sums hold no more."""
+FAULTS = ("dropout", "timeout", "nan", "inf", "wrong_shape", "exploding", "stale", "duplicate")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -113,7 +121,83 @@ class TrainSettings(Section):
         "none", description="Random crop after padding by 1/8 of the side, and horizontal flip"
     )
     quorum: Fraction = Field(0.5, description="Least share of a cohort whose updates must be valid")
+    max_update_norm: float = Field(
+        0.0,
+        ge=0.0,
+        le=MAX_NORM,
+        description=f"Longer updates are left out; 0 = only those beyond {MAX_NORM:g}, the most "
+        "that is summed exactly",
+        exclude_if=lambda value: value == 0.0,
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Root of every stream but the partition's")
+
+
+class FaultSettings(Section):
+    """Simulated client faults: probabilities for each client and round, at most one at a time.
+
+    All are off. Docs/reliability.md says what happens to each; `fedcoe.faults` does it.
+    """
+
+    dropout: Fraction = Field(0.0, description="Never answers")
+    timeout: Fraction = Field(0.0, description="Answers after the deadline")
+    nan: Fraction = Field(0.0, description="One number of what it sends is NaN")
+    inf: Fraction = Field(0.0, description="One number of what it sends is infinite")
+    wrong_shape: Fraction = Field(0.0, description="Its updates are one parameter short")
+    exploding: Fraction = Field(0.0, description="Its updates are a million times too long")
+    stale: Fraction = Field(0.0, description="Its updates say they are of the round before")
+    duplicate: Fraction = Field(0.0, description="Sends its updates twice")
+    attack: Literal["none", "sign_flip", "scale"] = Field(
+        "none", description="What attackers make of their updates: -1 or `attack_scale` times them"
+    )
+    attackers: Fraction = Field(
+        0.2, description="Share of seen clients that attack, the same ones in every round"
+    )
+    attack_scale: float = Field(
+        10.0, ge=-1e6, le=1e6, description="Times their update is what attackers send (scale)"
+    )
+    attack_statistics: bool = Field(
+        False, description="Attackers do the same to the targets of a gate update's statistics"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "FaultSettings":
+        total = math.fsum(getattr(self, name) for name in FAULTS)
+        if total > 1.0:
+            raise ValueError(f"probabilities of faults add up to {total:g}, more than 1")
+        return self
+
+
+class PrivacySettings(Section):
+    """Client-level differential privacy (docs/privacy.md); `fedcoe.privacy` does it."""
+
+    epsilon: float = Field(
+        0.0, ge=0.0, le=1e6, description="Most any client's data may show after all rounds; 0 = off"
+    )
+    delta: float = Field(
+        1e-4, ge=1e-6, le=0.1, description="Below one over the number of seen clients"
+    )
+    clip: float = Field(
+        1.0, gt=0.0, le=1024.0, description="A client's update in a round is shortened to this"
+    )
+    gate_share: float = Field(
+        0.2, gt=0.0, lt=1.0, description="Of the budget, for the statistics of gate updates"
+    )
+    correlation_share: float = Field(
+        0.1, gt=0.0, lt=1.0, description="Of the budget, for label mixes and losses (FedCoE)"
+    )
+    noise: Literal["seeded", "secure"] = Field(
+        "seeded",
+        description="seeded repeats a run but protects nobody from who knows the seed; secure "
+        "draws from the operating system",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "PrivacySettings":
+        if round(self.delta, 6) != self.delta:
+            raise ValueError(f"delta = {self.delta:g}: six digits at most, as metrics are written")
+        if self.gate_share + self.correlation_share > 0.95:
+            raise ValueError("gate_share + correlation_share must leave 5 % for expert updates")
+        return self
 
 
 class EvaluateSettings(Section):
@@ -197,6 +281,13 @@ class Settings(Section):
     model: ModelSettings = ModelSettings()
     method: SerializeAsAny[MethodSettings] = Field(default_factory=lambda: settings_for({}))
     train: TrainSettings = TrainSettings()
+    # Left out of dumps when off, as all that came later: keys of older results stay as they were.
+    faults: FaultSettings = Field(
+        FaultSettings(), exclude_if=lambda value: value == FaultSettings()
+    )
+    privacy: PrivacySettings = Field(
+        PrivacySettings(), exclude_if=lambda value: value == PrivacySettings()
+    )
     evaluate: EvaluateSettings = EvaluateSettings()
     cold_start: ColdStartSettings = ColdStartSettings()
     runtime: RuntimeSettings = RuntimeSettings()
@@ -230,13 +321,13 @@ def load_settings(path: str | Path = "params.yaml", overrides: Sequence[str] = (
         FedCoEError: one line per mistake: file, key, value, what is allowed.
     """
     path = Path(path)
-    yaml = YAML(typ="safe", pure=True)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8")) or {}
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FedCoEError(f"{path}: no such file; run this where params.yaml is") from None
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
-        raise FedCoEError(f"{path}: not readable as YAML: {_one_line(error)}") from None
+    except Exception as error:  # what YAML makes of dates and numbers raises anything
+        raise FedCoEError(f"{path}: not readable as YAML: {one_line(error)}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise FedCoEError(f"{path}: must be a mapping of sections, got {type(values).__name__}")
     for override in overrides:
@@ -248,9 +339,9 @@ def load_settings(path: str | Path = "params.yaml", overrides: Sequence[str] = (
         if not isinstance(target, dict):
             raise FedCoEError(f"override {override!r}: {path}: {section} is not a section")
         try:
-            target[name] = yaml.load(text)
-        except YAMLError as error:
-            raise FedCoEError(f"override {override!r}: {_one_line(error)}") from None
+            target[name] = _load_yaml(text)
+        except Exception as error:
+            raise FedCoEError(f"override {override!r}: {one_line(error)}") from None
     return validate_settings(values, str(path))
 
 
@@ -267,9 +358,19 @@ def _describe(source: str, item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         message = "unknown key; remove it or mend the spelling"
+    if item["type"] == "model_type":
+        message = "must be a section of keys and values; fill it in or remove it"
     value = "" if isinstance(item["input"], Mapping | BaseModel) else f" = {item['input']!r}"
-    return f"{source}: {key}{value}: {message}"
+    return f"{source}: {one_line(key + value)}: {one_line(message)}"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _load_yaml(text: str) -> Any:
+    if len(text) > MAX_YAML:
+        raise ValueError(f"has more than {MAX_YAML} characters")
+    # Twenty lines of aliases of aliases can stand for a billion values.
+    if len(re.findall(r"\*[^\s,\[\]{}*]", text)) > MAX_ALIASES:
+        raise ValueError(f"has more than {MAX_ALIASES} aliases (*name)")
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None

@@ -4,7 +4,7 @@
 same as Prefect tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,11 +70,13 @@ def finish_round(
     asked = sum(len(order.experts) for order in plan.orders)
     quorum = method.federation.settings.train.quorum
     if total.valid < quorum * asked:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(total.dropped.items()))
+        reasons = f" ({_reasons(total.dropped)})" if total.dropped else ""
+        lr = method.federation.settings.train.lr
+        diverged = total.dropped["not finite"] + total.dropped["too large"]
+        cause = f"; most often train.lr ({lr:g}) is too high" if diverged else ""
         raise FedCoEError(
-            f"round {plan.round}: only {total.valid} of {asked} updates are valid "
-            f"({reasons}), train.quorum asks for {quorum:g}; most often train.lr "
-            f"({method.federation.settings.train.lr:g}) is too high"
+            f"round {plan.round}: only {total.valid} of {asked} updates are valid{reasons}, "
+            f"train.quorum asks for {quorum:g}{cause}"
         )
     after = method.aggregate(state, plan.orders, [total])
     experts = np.array([m for order in plan.orders for m in order.experts])
@@ -95,10 +97,21 @@ def finish_round(
     )
 
 
+def left_out(plan: RoundPlan, record: RoundRecord) -> str | None:
+    """One line on what of a round did not count; None if all did."""
+    if not record.dropped:
+        return None
+    asked = sum(len(order.experts) for order in plan.orders)
+    return f"round {plan.round}: left out {_reasons(record.dropped)}; asked for {asked} updates"
+
+
+def _reasons(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+
+
 def evaluation_due(method: Method, state: ServerState) -> bool:
     """Whether this state is to be evaluated: every `evaluate.every` rounds and at the end."""
-    settings = method.federation.settings
-    return state.round % settings.evaluate.every == 0 or state.round == settings.train.rounds
+    return method.evaluation_due(state.round)
 
 
 def gate_clients(method: Method, state: ServerState, plan: RoundPlan) -> list[int]:
@@ -106,12 +119,11 @@ def gate_clients(method: Method, state: ServerState, plan: RoundPlan) -> list[in
 
     Every seen client when an evaluation follows, the cohort when only `gate_every` asks for it.
     """
-    if not method.coordinates:
+    if not method.gate_due(state.round):
         return []
     if evaluation_due(method, state):
         return list(range(method.federation.clients))
-    every = method.gate_every
-    return [order.client for order in plan.orders] if every and state.round % every == 0 else []
+    return [order.client for order in plan.orders]
 
 
 def train_round(

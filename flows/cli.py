@@ -3,14 +3,13 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedcoe.errors import FedCoEError
+from fedcoe.errors import FedCoEError, said_of_disks
 
 if TYPE_CHECKING:
     from fedcoe.bundle import Bundle
@@ -52,7 +51,8 @@ def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
     _quiet()
     try:
-        app()
+        with said_of_disks():
+            app()
     except FedCoEError as error:
         # Escaped: shapes and paths in brackets are no markup.
         err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -114,20 +114,70 @@ def _dvc_add(root: Path) -> None:
     epilog="Examples:  fedcoe train   |   fedcoe train -S method.experts=2 -S train.rounds=50"
 )
 def train(
-    root: Root = Path("."), overrides: Overrides = NO_OVERRIDES, as_json: AsJson = False
+    root: Root = Path("."),
+    overrides: Overrides = NO_OVERRIDES,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Refuse to start anew; say what differs.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Train once, without DVC: partition, rounds, models, figures. Resumes if interrupted."""
-    from flows.pipeline import partition_data
+    """Train once, without DVC: partition, rounds, models, figures. Goes on where it was stopped."""
+    with _training(root):
+        from flows.pipeline import partition_data
 
-    _warn(partition_data(root, overrides))
-    _show(_train(root=str(root), overrides=overrides), as_json)
+        _warn(partition_data(root, overrides))
+        figures = _train(root=str(root), overrides=overrides, resume=resume)
+    _show(figures, as_json)
 
 
 def _train(**parameters: Any) -> dict[str, float]:
     from flows.federated_training import federated_training
 
-    with _progress():
+    _start_prefect()
+    with _progress(nullcontext()):
         return dict(federated_training(**parameters))
+
+
+@contextmanager
+def _training(root: Path, name: str = "training") -> Iterator[None]:
+    """One process at a time; a first Ctrl-C or SIGTERM ends it after its round, a second at once.
+
+    Args:
+        name: of what is written: trainings that write other files may run beside it.
+    """
+    from tasks.stop import SIGNALS, Stopped, exit_code, stoppable
+
+    def first(number: int) -> None:
+        err.print("stopping after this round; a second Ctrl-C ends at once")
+
+    def leave(number: int, *_: object) -> None:
+        _leave(128 + number)
+
+    try:
+        with stoppable(first, leave):
+            from tasks.locks import sole
+
+            with sole(root, name, f"another {name}"):
+                yield
+    except Stopped as stopped:
+        err.print(str(stopped), highlight=False)
+        for number in SIGNALS:  # to the end: Prefect takes a second to leave
+            signal.signal(number, leave)
+        raise typer.Exit(exit_code()) from None
+
+
+def _start_prefect() -> None:
+    """Start Prefect's embedded server, where there is none to use, deaf to Ctrl-C.
+
+    A terminal sends that to all processes, and the round at work needs the server.
+    """
+    from prefect.client.orchestration import get_client
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        get_client(sync_client=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 Seeds = Annotated[str, typer.Option(help="Seeds of partition and training, by comma.")]
@@ -265,8 +315,12 @@ def _quiet() -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[None]:
-    """Rounds, accuracies, speed and time left, on a terminal; nothing elsewhere."""
+def _progress(answer: AbstractContextManager[None] | None = None) -> Iterator[None]:
+    """Rounds, accuracies, speed and time left, on a terminal; nothing elsewhere.
+
+    Args:
+        answer: to signals; default: Ctrl-C ends at once.
+    """
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
@@ -316,7 +370,7 @@ def _progress() -> Iterator[None]:
         try:
             # Joining the heartbeat thread costs a second at the end of every flow.
             quiet = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
-            with quiet, _short_errors(), _interruptible():
+            with quiet, _short_errors(), answer or _interruptible():
                 yield
         except KeyboardInterrupt:
             _leave()
@@ -347,10 +401,14 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _leave() -> None:
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    os._exit(130)
+def _leave(code: int = 130) -> None:
+    """End now, and with it all that this process started, Prefect's embedded server too."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(code)
 
 
 @contextmanager
@@ -359,7 +417,8 @@ def _short_errors() -> Iterator[None]:
 
     def keep(record: logging.LogRecord) -> bool:
         mistake = isinstance(record.exc_info and record.exc_info[1], FedCoEError)
-        return not mistake and "FedCoEError" not in record.getMessage()
+        said = record.getMessage()
+        return not (mistake or "FedCoEError" in said or "exception: Stopped:" in said)
 
     handlers = logging.getLogger().handlers
     for handler in handlers:
@@ -397,7 +456,9 @@ def stage_partition() -> None:
 @stage.command("train")
 def stage_train() -> None:
     """Train: models/, metrics/train.json, plots/curves.csv."""
-    _show(_train(), False)
+    with _training(Path(".")):
+        figures = _train()
+    _show(figures, False)
 
 
 @stage.command("baseline")
@@ -405,8 +466,10 @@ def stage_baseline() -> None:
     """Train FedAvg on the same footing: metrics/baseline.json, plots/baseline_curves.csv."""
     from flows.pipeline import BASELINE, write_baseline
 
-    _show(_train(method="fedavg", figures=BASELINE), False)
-    write_baseline(Path("."))
+    with _training(Path("."), "baseline"):
+        figures = _train(method="fedavg", figures=BASELINE)
+        write_baseline(Path("."))
+    _show(figures, False)
 
 
 @stage.command("evaluate")
@@ -423,6 +486,38 @@ def stage_cold_start() -> None:
     from flows.pipeline import evaluate_cold_start
 
     evaluate_cold_start(Path("."))
+
+
+@app.command(
+    epilog="Examples:  fedcoe sync   |   fedcoe sync --to http://127.0.0.1:5000   |   "
+    "fedcoe sync --json"
+)
+def sync(
+    root: Root = Path("."),
+    to: Annotated[
+        str | None, typer.Option(help="Send to this store; default: where each run belongs.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send MLflow what it missed while it was out of reach. Exit code 1: something is left."""
+    from tasks.tracking import sync as send
+    from tasks.tracking import use_default_stores
+
+    use_default_stores(root)
+    rows = send(root, to)
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        for row in rows:
+            sent = ", ".join(f"{count} {kind}" for kind, count in row["sent"].items()) or "nothing"
+            left = f"; {row['waiting']} records wait" * (row["waiting"] > 0)
+            why = f" ({row['why']})" * bool(row["why"])
+            said = f"{row['run']} -> {row['store']}: {sent} sent{left}{why}"
+            out.print(said, markup=False, highlight=False, soft_wrap=True)
+        if not rows:
+            out.print("nothing waits to be sent")
+    if any(row["waiting"] for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example:  fedcoe report && xdg-open reports/index.html")

@@ -17,6 +17,7 @@ from prefect.runtime import flow_run
 
 from fedcoe.cold_start import NewClient, summary
 from fedcoe.config import Settings, load_settings
+from fedcoe.errors import said_of_disks
 from fedcoe.evaluate import Evaluation
 from fedcoe.methods.base import Federation
 from fedcoe.methods.settings import method_class, settings_for
@@ -29,7 +30,8 @@ from fedcoe.rounds import (
 )
 from fedcoe.state import ServerState
 from tasks.artifacts import publish_summary
-from tasks.checkpoint import History, checkpoint, discard, resume, spend
+from tasks.checkpoint import History, Resumed, checkpoint, discard, spend
+from tasks.checkpoint import resume as find_checkpoint
 from tasks.cold_start import cold_start_evaluate
 from tasks.comparison import measures, metrics
 from tasks.evaluate import evaluate_state, score_shard
@@ -41,6 +43,7 @@ from tasks.personalize import personalize
 from tasks.progress import report_progress
 from tasks.results import run_figures, write_figures, write_models
 from tasks.run import Run, open_run
+from tasks.stop import Stopped, heeded, stop_if_asked
 from tasks.tracking import Tracking, register_models, start_tracking
 
 
@@ -60,6 +63,7 @@ def federated_training(
     partitions: str = "partitions",
     notes: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
+    resume: bool = False,
 ) -> dict[str, float]:
     """Train as params.yaml says and write models, metrics and plots.
 
@@ -73,6 +77,8 @@ def federated_training(
         notes: what else the JSON file is to say: it becomes a cell of a comparison, which is also
             predicted with reweighting.
         tags: further tags of the MLflow run; a cell without any is not tracked.
+        resume: refuse to start anew. An unfinished run of the same settings, data and code is
+            always continued.
 
     Returns:
         The headline figures: accuracies in [0, 1] by name.
@@ -83,19 +89,30 @@ def federated_training(
         method = {"name": method} if method != settings.method.name else None
     if method is not None:
         settings = settings.model_copy(update={"method": settings_for(method)})
-    with open_run(settings, folder, folder / partitions) as run, _alone(run):
+    with (
+        said_of_disks(),
+        open_run(settings, folder, folder / partitions) as run,
+        _alone(run),
+    ):
         role = "cell" if notes else "comparison" if figures else "training"
+        resumed = find_checkpoint(run, resume, beside=notes is None)
+        for sentence in resumed.said:
+            get_run_logger().warning("%s", sentence)
         # No tags: the comparison could not reach its store, so its cells do not wait for it either.
         untracked = notes is not None and not tags
         tracking = Tracking() if untracked else start_tracking(run, {"role": role, **(tags or {})})
+        tracking.log_missed(resumed.history.rounds, resumed.history.curves)
         try:
             path = folder / figures if figures else None
-            headline = _train(run, tracking, settings, path, notes)
-        except BaseException:
-            tracking.finish("FAILED")
+            with heeded():
+                headline = _train(run, tracking, settings, path, notes, resumed)
+        except BaseException as error:
+            stopped = isinstance(error, Stopped) or not isinstance(error, Exception)
+            tracking.finish("KILLED" if stopped else "FAILED")
             raise
         tracking.finish("FINISHED")
         discard(run)
+        tracking.tidy()
     return headline
 
 
@@ -110,9 +127,10 @@ def _train(
     settings: Settings,
     figures: Path | None,
     notes: Mapping[str, Any] | None,
+    resumed: Resumed,
 ) -> dict[str, float]:
     method, shared = run.method, unmapped(run)
-    state, history = resume(run)
+    state, history, _ = resumed
     for sentence in method.inert():
         get_run_logger().warning("no effect: %s", sentence)
     if state.round:
@@ -120,6 +138,7 @@ def _train(
     report_progress("start", run=run, round=state.round, rounds=settings.train.rounds)
     evaluated: Evaluated | None = None
     while state.round < settings.train.rounds:
+        stop_if_asked(state.round, settings.train.rounds)
         before = state
         started, plan = time.perf_counter(), plan_round(method, state, run.engine)
         rnd, sent = unmapped(plan.round), unmapped(state.for_clients())
@@ -144,11 +163,13 @@ def _train(
 
         if due:
             state, evaluation, new = evaluated = _evaluate(run, state)
+            also = {**state.diagnostics, **method.privacy_spent(state)}
             # The round's own figures win over sums so far of the same name.
-            row = history.add_evaluation(evaluation, new, dict(state.diagnostics)) | row
+            row = history.add_evaluation(evaluation, new, also) | row
         checkpoint(run, plan.round, state, history)
         tracking.log_metrics(row, plan.round)
         report_progress("round", **row)
+    stop_if_asked(state.round, settings.train.rounds)
     # A run killed between its last checkpoint and its results evaluates the last state again.
     state, evaluation, new = evaluated or _evaluate(run, state)
     return _finish(run, tracking, state, history, evaluation, new, figures, notes)
@@ -234,7 +255,7 @@ def _finish(
             drift = history.rounds[-1]["drift"]
             register_models(run, tracking, models, evaluation, cold_start, drift)
     tracking.log_figures(run_figures(run, history, evaluation))
-    publish_summary(run, evaluation, cold_start, tracking.run_id)
+    publish_summary(run, evaluation, cold_start, tracking.label)
     return {
         "global": evaluation.overall["accuracy"],
         "personalized": evaluation.personalized["accuracy"],

@@ -116,12 +116,16 @@ def check_footing(cells: Sequence[Values], folder: Path) -> None:
 
 def _footing(settings: Mapping[str, Any]) -> Values:
     """What all methods must share, whatever the seed."""
-    return {
+    sections = ("partition", "model", "train", "evaluate", "cold_start")
+    shared = {
         f"{section}.{key}": value
-        for section in ("partition", "model", "train", "evaluate", "cold_start")
+        for section in sections
         for key, value in settings[section].items()
         if key != "seed"
     }
+    # Not there where they are off.
+    longest = settings["train"].get("max_update_norm", 0.0)
+    return shared | {"faults": settings.get("faults"), "train.max_update_norm": longest}
 
 
 def cell_name(method: str, row: str, seed: int) -> str:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from fedcoe.methods.base import LocalResult
-from fedcoe.rounds import RoundPlan, RoundRecord, finish_round
+from fedcoe.rounds import RoundPlan, RoundRecord, finish_round, left_out
 from fedcoe.state import ServerState
 from tasks.run import Run
 
@@ -19,5 +19,8 @@ from tasks.run import Run
 def expert_aggregate(
     run: Run, rnd: int, state: ServerState, plan: RoundPlan, results: Sequence[LocalResult]
 ) -> tuple[ServerState, RoundRecord]:
-    """Aggregate one round; refuses below the quorum."""
-    return finish_round(run.method, state, plan, results)
+    """Aggregate one round; refuses below the quorum. Says in the log what it left out."""
+    after, record = finish_round(run.method, state, plan, results)
+    if said := left_out(plan, record):
+        get_run_logger().warning(said)
+    return after, record

@@ -1,9 +1,10 @@
 """Tasks: clients describe themselves under the frozen experts; the server solves the gate."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from fedcoe.state import ServerState
@@ -26,5 +27,9 @@ def gate_statistics(
 
 @task(name="gate update", task_run_name="round {rnd} · gate update", cache_policy=NO_CACHE)
 def gate_update(run: Run, rnd: int, state: ServerState, messages: Sequence[Any]) -> ServerState:
-    """The server's half of the gate update."""
+    """The server's half of the gate update. Says in the log which messages it left out."""
+    dropped: Counter[str] = sum((message.dropped for message in messages), Counter())
+    if dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        get_run_logger().warning("round %d: left out gate messages: %s", rnd, reasons)
     return run.method.gate_update(state, messages)

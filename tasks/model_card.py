@@ -168,8 +168,7 @@ def _limits(
         f"One seed, one partition; new clients' figures come from {lineage.new} clients.",
         "Images of other sources, sizes or classes were never tested; it always answers with one "
         "of its classes.",
-        "Federated training keeps images with clients but proves no privacy: there is no "
-        "differential privacy in it.",
+        _privacy(lineage),
     ]
     if row is not None:
         weak = [name for name, value in _by_class(row).items() if value < 0.5]
@@ -178,6 +177,21 @@ def _limits(
     elif name == "fedcoe":
         points.append("Clients' personal experts are not in it: they stay with their clients.")
     return "\n".join(f"- {point}" for point in points)
+
+
+def _privacy(lineage: Lineage) -> str:
+    p = lineage.settings.privacy
+    if not p.epsilon:
+        return (
+            "Federated training keeps images with clients but proves no privacy: there is no "
+            "differential privacy in it."
+        )
+    seeded = ", from a seed that undoes it: an experiment, no protection" * (p.noise == "seeded")
+    return (
+        f"Client-level differential privacy: epsilon {p.epsilon:g}, delta {p.delta:g} (one "
+        f"client's data replaced by nothing; clip {p.clip:g}; noise {p.noise}{seeded}). It covers "
+        "experts, gate and head, not the figures on this card (docs/privacy.md)."
+    )
 
 
 def _lineage(lineage: Lineage, tags: Mapping[str, str]) -> str:

@@ -3,7 +3,6 @@
 The aliases `candidate` and `champion` of `fedcoe`, its gate and its experts always move together.
 """
 
-import fcntl
 import hashlib
 import json
 import tempfile
@@ -23,6 +22,7 @@ from fedcoe.data.partition import load_partition
 from fedcoe.engine.clients import ClientData
 from fedcoe.engine.pool import Engine, Site, hardware
 from fedcoe.errors import FedCoEError
+from fedcoe.locks import Lock
 from fedcoe.release import CONFIDENCE, Difference, Graded, grade_clients
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def _alone() -> Iterator[None]:
         # A store elsewhere: this excludes other processes here, not other machines.
         name = hashlib.sha256(uri.encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"fedcoe-{name}.release-lock"
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file closes or the process dies
+    with Lock(path):
         yield
 
 

@@ -1,183 +1,314 @@
-"""MLflow: the one module that talks to it.
+"""Tracking: what flows tell MLflow.
 
-Tracking must never stop training: whatever goes wrong here is said once in the log and the run
-goes on. Stores are embedded under `.fedcoe/` unless MLFLOW_TRACKING_URI names others.
+It must never stop training: all of a run goes to its outbox on disk first, and from there to MLflow
+at once, or, where that is out of reach, later (`tasks/delivery.py`). Whatever goes wrong here is
+said once in the log and the run goes on. Stores are embedded under `.fedcoe/` unless
+MLFLOW_TRACKING_URI names others.
 """
 
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
-import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import MissingContextError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fedcoe import __version__
 from fedcoe.bundle import layout_of
 from fedcoe.evaluate import Evaluation
+from fedcoe.state import write_atomic
+from tasks.delivery import (
+    EXPERIMENT,
+    RUN_ID,
+    OutOfReachError,
+    deliver,
+    deliver_all,
+    experiment_id,
+    first_line,
+    patience,
+    probe,
+    within,
+)
+from tasks.machine import Machine
 from tasks.model_card import Lineage, card, expert_tags
+from tasks.outbox import Outbox, outboxes
 from tasks.run import Run
 
-if TYPE_CHECKING:
-    from mlflow.entities import DatasetInput
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-EXPERIMENT = "fedcoe"
 MODEL_CODE = Path(__file__).with_name("served_model.py")
+LATER = "records wait in .fedcoe/outbox for the next training or `fedcoe sync`"
+BUSY = 30.0
+"""Seconds that the end of a run waits for another process that sends its records."""
 
 
 def use_default_stores(root: Path) -> None:
     """Point MLflow at SQLite and a folder under `.fedcoe/`, unless the environment says else."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow's own 7 retries keep a run waiting four minutes for a server that is not there.
+    # MLflow's own 7 retries keep a command waiting four minutes for a server that is not there.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     folder = (root / ".fedcoe").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
 
 
-def _experiment(root: Path) -> str:
-    import mlflow
-
-    found = mlflow.get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        return str(found.experiment_id)
-    embedded = mlflow.get_tracking_uri().startswith("sqlite:")
-    location = (root / ".fedcoe" / "artifacts").resolve().as_uri() if embedded else None
-    return str(mlflow.create_experiment(EXPERIMENT, artifact_location=location))
-
-
-@dataclass
 class Tracking:
-    """One MLflow run; without a `run_id` (store out of reach) every call does nothing."""
+    """One MLflow run; without an outbox (not tracked) every call does nothing."""
 
-    run_id: str | None = None
-    _machine: "SystemMetricsMonitor | None" = field(default=None, repr=False)
+    def __init__(self, box: Outbox | None = None, store: str = "") -> None:
+        self.box, self.store = box, store
+        self._machine: Machine | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's; None as long as it has not heard of the run."""
+        return None if self.box is None else self.box.place(self.store).run_id
+
+    @property
+    def label(self) -> str | None:
+        """What to call the run: its id, or that it waits to be sent; None if it is not tracked."""
+        return None if self.box is None else self.run_id or f"waiting in outbox {self.box.name}"
 
     def watch_machine(self, every: float = 10.0) -> None:
         """Log processor, memory, disk, network and GPU use each so many seconds until `finish`.
 
         GPUs are seen if `nvidia-ml-py` is installed.
         """
-        if self.run_id is None:
+        if self.box is None:
             return
+        box = self.box
         with self._passing("machine"):
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+            logged = (record["values"] for record, _ in box.read() if record["kind"] == "metrics")
+            first = sum(any(name.startswith("system/") for name in names) for names in logged)
 
-            self._machine = SystemMetricsMonitor(self.run_id, every, resume_logging=True)
-            self._machine.start()
+            def tell(figures: dict[str, float]) -> None:
+                nonlocal first
+                box.put(_metrics(figures, first))
+                first += 1
+
+            self._machine = Machine(every, tell)
 
     def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
-        """Log all numbers among `values` in one request."""
-        if self.run_id is None:
+        """Log all numbers among `values`, but those that this run logged at this step before."""
+        if self.box is None:
             return
         with self._passing("metrics"):
-            from mlflow import MlflowClient
-            from mlflow.entities import Metric
+            self._put_new(values, step)
+            self.send()
 
-            now = int(time.time() * 1000)
-            metrics = [
-                Metric(name, float(value), now, step)
-                for name, value in flat(values).items()
-                if isinstance(value, int | float)
-            ]
-            MlflowClient().log_batch(self.run_id, metrics=metrics)
+    def log_missed(
+        self, rounds: Sequence[Mapping[str, Any]], curves: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Log rounds of a run that was killed between keeping and logging them.
+
+        Args:
+            rounds, curves: of its `History`.
+        """
+        if self.box is None:
+            return
+        with self._passing("metrics"):
+            evaluated = {row["round"]: row for row in curves}
+            for row in rounds:
+                self._put_new({**evaluated.get(row["round"], {}), **row}, row["round"])
+            self.send()
+
+    def _put_new(self, values: Mapping[str, Any], step: int) -> None:
+        assert self.box is not None
+        found = _numbers(values).items()
+        new = {name: value for name, value in found if not self.box.has(f"{name}@{step}")}
+        if new:
+            self.box.put(_metrics(new, step))
 
     def log_figures(self, figures: Mapping[str, Figure]) -> None:
-        if self.run_id is None:
+        """Keep figures with the run, as PNG."""
+        if self.box is None:
             return
-        with self._passing("figures"):
-            from mlflow import MlflowClient
 
+        def draw(folder: Path) -> None:
+            folder.mkdir()
             for name, figure in figures.items():
-                MlflowClient().log_figure(self.run_id, figure, f"figures/{name}.png")
+                figure.savefig(folder / f"{name}.png")
+
+        with self._passing("figures"):
+            self.box.keep("figures", draw)
+            self.box.put({"kind": "files", "name": "figures", "to": "figures"})
+            self.send()
+
+    def log_folder(self, folder: Path) -> None:
+        """Keep the files of a folder, but not of folders in it, with the run."""
+        if self.box is None:
+            return
+
+        def copy(target: Path) -> None:
+            target.mkdir()
+            for path in sorted(folder.iterdir()):
+                if path.is_file():
+                    shutil.copyfile(path, target / path.name)
+
+        with self._passing("files"):
+            self.box.keep("folder", copy)
+            self.box.put({"kind": "files", "name": "folder", "to": ""})
+            self.send()
 
     def finish(self, status: str) -> None:
-        if self.run_id is None:
+        """End the run as FINISHED, FAILED or KILLED; what waits, of any run, is tried again."""
+        if self.box is None:
             return
         with self._passing("end of run"):
-            from mlflow import MlflowClient
-
             if self._machine is not None:
-                self._machine.finish()
-            MlflowClient().set_terminated(self.run_id, status)
+                self._machine.stop()
+                self._machine = None
+            self.box.put({"kind": "status", "status": status, "time": _now()})
+            self.send(insist=True)
+            if waiting := self.box.waiting(self.store):
+                self._warn("MLflow: %d %s", waiting.total(), LATER)
+            else:
+                self.send_all()
+
+    def tidy(self) -> None:
+        """Forget what has been sent, once no run can come back to this one."""
+        if self.box is not None:
+            self.box.discard(self.store)
+
+    def send(self, insist: bool = False) -> None:
+        """Send what waits, unless the store failed a short while ago.
+
+        Args:
+            insist: try anyway, and wait for another process that is sending.
+        """
+        if self.box is None or not (insist or patience(self.store).due()):
+            return
+        with self._reaching():
+            deliver(self.box, self.store, self._refused, wait=BUSY if insist else 0.0)
+
+    def send_all(self) -> None:
+        """Send what waits of all runs of the project, oldest first."""
+        if self.box is not None and patience(self.store).due():
+            with self._reaching():
+                deliver_all(self.box.root, self.store, self._refused)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if patience(self.store).failed():
+                self._warn("MLflow: %s; training goes on, %s", first_line(error), LATER)
+        else:
+            if patience(self.store).worked():
+                self._warn("MLflow answers again")
 
     @contextmanager
     def _passing(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            get_run_logger().warning("MLflow: %s not logged: %s", what, first or repr(error))
+            self._refused(what, first_line(error))
+
+    def _refused(self, what: str, why: str) -> None:
+        self._warn("MLflow: %s not logged: %s", what, why)
+
+    def _warn(self, text: str, *values: object) -> None:
+        with suppress(MissingContextError):  # outside a flow nobody would read it
+            get_run_logger().warning(text, *values)
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _metrics(values: Mapping[str, float], step: int) -> dict[str, Any]:
+    return {"kind": "metrics", "time": _now(), "step": step, "values": dict(values)}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    found = flat(values).items()
+    return {name: float(value) for name, value in found if isinstance(value, int | float)}
+
+
+def _open(
+    root: Path,
+    memo: Path | None,
+    name: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+) -> Tracking:
+    """The run that the memo names, to be continued, or a new one.
+
+    Args:
+        memo: file that remembers the outbox's name for a run that is started again; None: none is.
+        data: of `mlflow.entities.Dataset`, with the input's `tags`.
+    """
+    import mlflow
+
+    use_default_stores(root)
+    store = mlflow.get_tracking_uri()
+    if memo is not None and memo.exists():
+        box = Outbox(root, memo.read_text())
+        if box.first().get("store") == store:
+            box.put({"kind": "status", "status": "RUNNING"})
+            return Tracking(box, store)
+    box = Outbox(root, Outbox.new_name())
+    if memo is not None:
+        write_atomic(memo, box.name.encode())
+    record = {
+        "kind": "run",
+        "name": name,
+        "store": store,
+        "memo": memo and os.path.relpath(memo, root),
+        "time": _now(),
+        "tags": dict(tags),
+        "params": {key: str(value)[:6000] for key, value in flat(params).items()},
+    }
+    box.put(record | ({"data": data} if data else {}))
+    return Tracking(box, store)
 
 
 def start_tracking(run: Run, tags: Mapping[str, str]) -> Tracking:
     """Open the MLflow run of this training run; a resumed run continues its own."""
-    memo = run.scratch / "mlflow-run"
     tracking = Tracking()
     with tracking._passing("run"):
-        use_default_stores(run.root)
-        from mlflow import MlflowClient
-
-        client = MlflowClient()
-        if memo.exists():
-            tracking.run_id = client.get_run(memo.read_text()).info.run_id
-            client.update_run(tracking.run_id, status="RUNNING")
-            tracking.watch_machine()
-            return tracking
-        settings = run.settings
-        words = (settings.method.name, tags.get("row"), run.data.dataset.info.name)
+        settings, info, partition = run.settings, run.data.dataset.info, run.data.partition
+        words = (settings.method.name, tags.get("row"), info.name)
         name = f"{' · '.join(word for word in words if word)} · seed {settings.train.seed}"
-        created = client.create_run(_experiment(run.root), run_name=name, tags=dict(tags))
-        from mlflow.entities import Param, RunTag
-
-        info, part = run.data.dataset.info, settings.partition
         dvc_version = data_version(run.root)
-        described = {
+        described = dict(tags) | {
             "method": settings.method.name,
             "dataset": info.name,
             "data_hash": info.hash,
             "data_version": dvc_version,
-            "partition_fingerprint": run.data.partition.fingerprint,
-            "scheme": part.scheme,
+            "partition_fingerprint": partition.fingerprint,
+            "scheme": settings.partition.scheme,
             "seed": str(settings.train.seed),
             "run_key": run.key,
             "fedcoe_version": __version__,
             "git_commit": git_commit(run.root),
             "machine": f"{platform.machine()}, {run.engine.workers} workers",
         }
-        if part.scheme == "dirichlet":
-            described["alpha"] = f"{part.alpha:g}"
-        client.log_batch(
-            created.info.run_id,
-            params=[Param(k, str(v)) for k, v in flat(settings.model_dump(mode="json")).items()],
-            tags=[RunTag(k, v) for k, v in described.items()],
-        )
-        client.log_inputs(created.info.run_id, [_input(run, dvc_version)])
-        tracking.run_id = created.info.run_id
+        if settings.partition.scheme == "dirichlet":
+            described["alpha"] = f"{settings.partition.alpha:g}"
+        memo, params = run.scratch / "mlflow-run", settings.model_dump(mode="json")
+        tracking = _open(run.root, memo, name, described, params, _input(run, dvc_version))
+        tracking.send_all()
         tracking.watch_machine()
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        memo.write_text(tracking.run_id)
     return tracking
 
 
-def _input(run: Run, dvc_version: str) -> "DatasetInput":
+def _input(run: Run, dvc_version: str) -> dict[str, Any]:
     """The data as MLflow's pages know it; its digest names images, labels and their order."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
     info, partition = run.data.dataset.info, run.data.partition
     profile = {
         "train": info.train,
@@ -188,15 +319,14 @@ def _input(run: Run, dvc_version: str) -> "DatasetInput":
         "partition_fingerprint": partition.fingerprint,
         "data_version": dvc_version,
     }
-    # MLflow's digests have at most 36 characters.
-    dataset = Dataset(
-        info.name,
-        info.hash[:16],
-        "dvc",
-        json.dumps({"uri": "data.dvc"}),
-        profile=json.dumps(profile),
-    )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+    return {
+        "name": info.name,
+        "digest": info.hash[:16],  # MLflow's digests have at most 36 characters
+        "source_type": "dvc",
+        "source": json.dumps({"uri": "data.dvc"}),
+        "profile": json.dumps(profile),
+        "tags": {"mlflow.data.context": "training"},
+    }
 
 
 def data_version(root: Path) -> str:
@@ -252,35 +382,32 @@ def register_models(
     Args:
         drift: per expert, of the last round.
     """
-    if tracking.run_id is None:
+    box = tracking.box
+    if box is None:
         return []
     registered: list[str] = []
     with tracking._passing("registered models"):
-        import mlflow.pyfunc
-
-        # Asked for although the signature is given. Set after the import, which resets filters.
-        warnings.filterwarnings("ignore", message=".*An input example was not")
-
+        info, partition = run.data.dataset.info, run.data.partition
         shared = {
             "method": run.settings.method.name,
-            "dataset": run.data.dataset.info.name,
-            "data_hash": run.data.dataset.info.hash[:16],
+            "dataset": info.name,
+            "data_hash": info.hash[:16],
             "data_version": data_version(run.root),
-            "partition_fingerprint": run.data.partition.fingerprint,
+            "partition_fingerprint": partition.fingerprint,
             "accuracy_global": f"{evaluation.overall['accuracy']:.4f}",
             "accuracy_personalized": f"{evaluation.personalized['accuracy']:.4f}",
             "git_commit": git_commit(run.root),
+            "trained": datetime.now(UTC).isoformat(timespec="milliseconds"),
         } | {f"accuracy_cold_{mode}": f"{v['accuracy']:.4f}" for mode, v in cold_start.items()}
         parameters = sum(math.prod(shape) for shape in layout_of(run.method).values())
-        partition = run.data.partition
         lineage = Lineage(
             run.settings,
-            run.data.dataset.info,
+            info,
             partition.fingerprint,
             partition.seen,
             partition.new,
             shared["git_commit"],
-            tracking.run_id,
+            RUN_ID,
         )
         parts: list[tuple[str, dict[str, Any], dict[str, str]]] = [
             ("fedcoe", {"part": "mixture"}, shared)
@@ -299,81 +426,62 @@ def register_models(
                     shared | own,
                 )
             )
-        with (
-            mlflow.start_run(run_id=tracking.run_id),
-            tempfile.TemporaryDirectory() as scratch,
-        ):
-            for name, config, tags in parts:
-                part = Path(scratch) / "part.json"
-                part.write_text(json.dumps(config))
-                rows = [r for r in evaluation.experts if r["expert"] == config.get("expert")]
-                text = card(name, lineage, tags, rows[0] if rows else None)
-                described = Path(scratch) / "model_card.md"
-                described.write_text(text)
-                files = {"part": part, "card": described}
-                _register(name, config, files, tags, models, run, text)
-                registered.append(name)
+        new = [part for part in parts if not box.has(f"model {part[0]}")]
+        if new:
+            # The next run writes its own models there, maybe before these are sent.
+            box.keep("models", lambda target: _copy_models(models, target))
+        for name, config, tags in new:
+            rows = [r for r in evaluation.experts if r["expert"] == config.get("expert")]
+            text = card(name, lineage, tags, rows[0] if rows else None)
+            box.put(_model(run, box, name, config, tags, text))
+        tracking.send()
+        registered += [name for name, _, _ in parts]
     return registered
 
 
-def _register(
+def _copy_models(models: Path, target: Path) -> None:
+    """What versions are made of, and the code that serves them; no client's personal expert."""
+    shutil.copytree(models / "experts", target / "experts")
+    for path in (models / "state.json", models / "gate.safetensors", MODEL_CODE):
+        if path.exists():
+            shutil.copyfile(path, target / path.name)
+
+
+def _model(
+    run: Run,
+    box: Outbox,
     name: str,
     config: Mapping[str, Any],
-    artifacts: dict[str, Path],
     tags: Mapping[str, str],
-    models: Path,
-    run: Run,
-    description: str,
-) -> None:
-    import mlflow
-    import numpy as np
-    from mlflow import MlflowClient
-    from mlflow.models import ModelSignature
-    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-    artifacts["state"] = models / "state.json"
-    experts = models / "experts"
+    text: str,
+) -> dict[str, Any]:
+    files = {"state": "models/state.json"}
     if config["part"] == "expert":
-        artifacts["expert"] = experts / f"expert-{config['expert']}.safetensors"
+        files["expert"] = f"models/experts/expert-{config['expert']}.safetensors"
     else:
-        artifacts["experts"] = experts
-        if (models / "gate.safetensors").exists():
-            artifacts["gate"] = models / "gate.safetensors"
-    outputs = run.method.experts if config["part"] == "gate" else run.method.federation.classes
-    params = ParamSchema([])
-    if config["part"] == "mixture":
-        params = ParamSchema(
-            [
-                ParamSpec("mode", "string", "none"),
-                ParamSpec("inputs", "string", ""),
-                ParamSpec("labels", "long", [], (-1,)),
-                ParamSpec("label_counts", "long", [], (-1,)),
-            ]
-        )
-    signature = ModelSignature(
-        Schema([TensorSpec(np.dtype(np.uint8), (-1, *run.method.federation.shape))]),
-        Schema([TensorSpec(np.dtype(np.float64), (-1, outputs))]),
-        params,
-    )
-    info = mlflow.pyfunc.log_model(
-        name=name,
-        python_model=str(MODEL_CODE),
-        artifacts={key: path.resolve().as_uri() for key, path in artifacts.items()},
-        signature=signature,
-        pip_requirements=[f"fedcoe=={__version__}"],
-    )
-    client = MlflowClient()
-    if not client.search_registered_models(f"name='{name}'"):
-        client.create_registered_model(name)
-    version = client.create_model_version(
-        name,
-        info.model_uri,
-        info.run_id,
-        model_id=info.model_id,
-        tags=dict(tags),
-        description=description,
-    )
-    client.set_registered_model_alias(name, "candidate", version.version)
+        files["experts"] = "models/experts"
+        if (box.files / "models" / "gate.safetensors").exists():
+            files["gate"] = "models/gate.safetensors"
+    asked: list[tuple[Any, ...]] = [
+        ("mode", "string", "none"),
+        ("inputs", "string", ""),
+        ("labels", "long", [], (-1,)),
+        ("label_counts", "long", [], (-1,)),
+    ]
+    federation = run.method.federation
+    return {
+        "kind": "model",
+        "name": name,
+        "config": dict(config),
+        "tags": dict(tags),
+        "card": text,
+        "files": files,
+        "code": f"models/{MODEL_CODE.name}",
+        "requires": f"fedcoe=={__version__}",
+        "shape": list(federation.shape),
+        "outputs": run.method.experts if config["part"] == "gate" else federation.classes,
+        "asked": asked if config["part"] == "mixture" else [],
+    }
 
 
 def registered_experts() -> Sequence[dict[str, str]]:
@@ -402,56 +510,47 @@ def registered_experts() -> Sequence[dict[str, str]]:
 def start_study(
     root: Path, memo: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
 ) -> Tracking:
-    """Open the MLflow run of a search, the parent of its trials' runs; `memo` remembers its id."""
+    """Open the MLflow run of a search, the parent of its trials' runs; `memo` remembers it."""
     tracking = Tracking()
     with tracking._passing("search"):
-        use_default_stores(root)
-        from mlflow import MlflowClient, MlflowException
-        from mlflow.entities import Param
-
-        client = MlflowClient()
-        if memo.exists():
-            try:
-                tracking.run_id = client.get_run(memo.read_text()).info.run_id
-                client.update_run(tracking.run_id, status="RUNNING")
-                return tracking
-            except MlflowException:  # another store than last time
-                pass
-        created = client.create_run(_experiment(root), run_name=name, tags=dict(tags))
-        shown = [Param(key, str(value)[:6000]) for key, value in flat(params).items()]
-        client.log_batch(created.info.run_id, params=shown)
-        memo.write_text(created.info.run_id)
-        tracking.run_id = created.info.run_id
+        tracking = _open(root, memo, name, tags, params)
+        tracking.send_all()
     return tracking
 
 
 def log_trials(study: Tracking, root: Path, trials: Sequence[Mapping[str, Any]]) -> None:
     """One run a trial under the study's; those that are there already are left alone.
 
+    They go to MLflow directly: where it is out of reach, a later call logs them.
+
     Args:
         trials: `number`, `state`, `value`, `params`, `curve` (figures by round), `error` of each.
     """
-    if study.run_id is None:
+    study.send()
+    parent = study.run_id
+    if parent is None or not patience(study.store).due():
         return
-    with study._passing("trials"):
+    with study._reaching(), within(10):
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param, RunTag
 
-        client, experiment = MlflowClient(), _experiment(root)
+        probe(study.store)
+        client = MlflowClient(study.store)
+        experiment = experiment_id(client, root)
         # A study of more than 50,000 trials would log some of them twice.
         found = client.search_runs(
-            [experiment], f"tags.mlflow.parentRunId = '{study.run_id}'", max_results=50_000
+            [experiment], f"tags.mlflow.parentRunId = '{parent}'", max_results=50_000
         )
         children = {run.data.tags.get("trial") for run in found}
         for trial in trials:
             if str(trial["number"]) in children:
                 continue
-            tags = {"mlflow.parentRunId": study.run_id, "role": "trial"}
+            tags = {"mlflow.parentRunId": parent, "role": "trial"}
             tags |= {"trial": str(trial["number"])}
             run_id = client.create_run(
                 experiment, run_name=f"trial {trial['number']}", tags=tags
             ).info.run_id
-            now = int(time.time() * 1000)
+            now = _now()
             metrics = [
                 Metric(f"validation_{name}", value, now, row["round"])
                 for row in trial["curve"]
@@ -478,47 +577,83 @@ def log_row(
     if parent.run_id is None:
         return
     with parent._passing("row"):
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
-
         said = {"role": "cell", "method": cell["method"], "dataset": cell["dataset"]} | dict(tags)
         said |= {name: cell[name] for name in ("data_hash", "partition_fingerprint")}
         name = f"{cell['method']} · {tags['row']} · {cell['dataset']} · seed {cell['seed']}"
-        made = MlflowClient().create_run(_experiment(root), run_name=name, tags=said)
-        params = [Param(key, str(value)) for key, value in flat(cell["settings"]).items()]
-        MlflowClient().log_batch(made.info.run_id, params=params)
-        row = Tracking(made.info.run_id)
+        row = _open(root, None, name, said, cell["settings"])
         row.log_metrics({"final": final}, cell["train"]["rounds"])
         row.finish("FINISHED")
 
 
 def log_tables(parent: Tracking, folder: Path) -> None:
     """Keep a comparison's tables, figures and page with its run."""
-    if parent.run_id is None:
-        return
-    with parent._passing("tables"):
-        from mlflow import MlflowClient
-
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                MlflowClient().log_artifact(parent.run_id, str(path))
+    parent.log_folder(folder)
 
 
 def log_files(tracking: Tracking, folder: Path, figures: Mapping[str, float]) -> None:
-    """Keep a folder's files with a run, and its headline figures."""
-    if tracking.run_id is None:
+    """Keep a folder's files with a run, and its headline figures, new ones beside older."""
+    if tracking.box is None:
         return
-    tracking.log_metrics(figures, 0)
-    with tracking._passing("files"):
-        from mlflow import MlflowClient
+    with tracking._passing("figures"):
+        tracking.box.put(_metrics(_numbers(figures), 0))
+    tracking.log_folder(folder)
 
-        MlflowClient().log_artifacts(tracking.run_id, str(folder))
+
+def sync(root: Path, to: str | None = None) -> list[dict[str, Any]]:
+    """Send what waits of all runs of a project, each to the store it is meant for.
+
+    Args:
+        to: send all to this store instead.
+
+    Returns:
+        A row a run with records that waited: name, store, sent (records by kind), waiting (how
+        many are left) and why.
+    """
+    import mlflow
+
+    rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    for box in outboxes(root):
+        first = box.first()
+        store = to or first.get("store", "")
+        before = box.waiting(store)
+        if not first or not before:
+            continue
+        told: list[str] = []
+        if store in failed:
+            told.append(failed[store])
+        else:
+            mlflow.set_tracking_uri(store)  # logging a model asks for the store in force
+            try:
+                deliver(
+                    box,
+                    store,
+                    lambda what, why: told.append(f"{what} refused: {why}"),  # noqa: B023
+                    hurried=False,
+                    wait=BUSY,
+                )
+            except Exception as error:
+                told.append(first_line(error))
+                if isinstance(error, OutOfReachError):
+                    failed[store] = told[-1]
+        left = box.waiting(store)
+        if left and not told:
+            told.append("another process is sending it")
+        row = {"run": first["name"], "store": store, "sent": dict(before - left)}
+        rows.append(row | {"waiting": left.total(), "why": "; ".join(told)})
+    return rows
 
 
 def version_of(tags: Mapping[str, str]) -> str | None:
-    """The version of the mixture that the run with these tags registered; None if there is none."""
+    """The version of the mixture that the run with these tags registered; None if MLflow knows of
+    none, or is out of reach."""
+    import mlflow
     from mlflow import MlflowClient
 
+    try:
+        probe(mlflow.get_tracking_uri())
+    except OutOfReachError:
+        return None
     client = MlflowClient()
     found = client.get_experiment_by_name(EXPERIMENT)
     asked = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())

@@ -94,7 +94,9 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., World]
 
 
 def settings_of(sections: Mapping[str, Mapping[str, Any]]) -> Settings:
-    merged = {name: BASE.get(name, {}) | dict(sections.get(name, {})) for name in BASE}
+    merged = {
+        name: BASE.get(name, {}) | dict(sections.get(name, {})) for name in {**BASE, **sections}
+    }
     return validate_settings(merged, "test")
 
 

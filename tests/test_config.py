@@ -217,7 +217,7 @@ def test_the_fingerprint_names_the_values_of_the_sections_asked_for(params):
         ("{choices: [1], low: 0}", "not both"),
         ("{lo: 1, high: 2}", "unknown key"),
         ("{low: .inf, high: 2}", "finite"),
-        ("0.1", "dictionary"),
+        ("0.1", "keys and values"),
     ],
 )
 def test_a_search_that_means_nothing_is_refused_with_the_key_it_is_for(params, searched, said):

@@ -22,24 +22,29 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from fedcoe import prediction
+from fedcoe import prediction, robust
 from fedcoe.analytic import Statistics, design_matrix, message_bytes, projections
 from fedcoe.config import Settings
 from fedcoe.engine.clients import TRAIN, ClientData
 from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit, LocalWork, Phase, Trainer
+from fedcoe.errors import FedCoEError
 from fedcoe.exact_sum import ExactSum
+from fedcoe.faults import Faults, Inbox, Update, square_norm
 from fedcoe.methods.settings import MethodSettings
 from fedcoe.models import Expert, build_expert
 from fedcoe.models.experts import Shape
 from fedcoe.models.flat import Vector, initial_vector
 from fedcoe.prediction import Log
+from fedcoe.privacy import Messages, Privacy, epsilon
+from fedcoe.robust import Single
 from fedcoe.state import ServerState
 from fedcoe.streams import stream
 
@@ -90,7 +95,9 @@ class Federation:
 
     @property
     def label_prior(self) -> NDArray[np.float64]:
-        """[C] of all seen clients' training data together."""
+        """[C] of all seen clients' training data together; unknown, so uniform, with privacy."""
+        if self.settings.privacy.epsilon:
+            return np.full(self.classes, 1.0 / self.classes)
         return prediction.prior_from_counts(self.label_counts.sum(axis=0))
 
 
@@ -106,7 +113,8 @@ class Order:
 
 @dataclass
 class LocalResult:
-    """What one shard of clients sends back: exact sums, never single updates."""
+    """What one shard of clients sends back: exact sums, and single updates only where robust
+    aggregation cannot do without."""
 
     updates: ExactSum
     """[M, P] sum of weight * (trained - sent)."""
@@ -127,6 +135,8 @@ class LocalResult:
     dropped: Counter[str] = field(default_factory=Counter)
     extra: dict[str, ExactSum] = field(default_factory=dict)
     """Further sums that only some methods send."""
+    singles: list[Single] = field(default_factory=list)
+    """Every valid update, where `robust.needs_singles`."""
 
     @classmethod
     def zeros(cls, experts: int, parameters: int) -> "LocalResult":
@@ -152,6 +162,7 @@ class LocalResult:
         self.personal += other.personal
         self.sketches |= other.sketches
         self.dropped += other.dropped
+        self.singles += other.singles
         for name, total in other.extra.items():
             if name in self.extra:
                 self.extra[name].merge(total)
@@ -209,10 +220,14 @@ class Method:
     """Whether what a client keeps on disk is a model that it predicts with."""
     keeps_trained: ClassVar[bool] = False
     """Whether a client keeps its trained copy of an expert as its personal model."""
+    private: ClassVar[bool] = False
+    """Whether all its clients send is bounded and noised where `privacy` asks for it."""
 
     def __init__(self, federation: Federation) -> None:
         self.federation = federation
         self.settings: Any = federation.settings.method
+        if federation.settings.privacy.epsilon and (unaccounted := self.unaccounted()):
+            raise FedCoEError(f"privacy.epsilon: {'; '.join(unaccounted)}")
 
     @staticmethod
     def build(name: str, shape: Shape, classes: int, seed: int) -> Expert:
@@ -248,7 +263,69 @@ class Method:
 
     def inert(self) -> list[str]:
         """Settings that are on and change nothing with this method, one sentence each."""
-        return []
+        s, faults = self.settings, self.federation.settings.faults
+        found = []
+        if s.robust_clip and s.robust != "norm_clip":
+            found.append(f"robust_clip: robust = {s.robust} has no such limit")
+        if faults.attack_statistics and not self.coordinates:
+            found.append(
+                "faults.attack_statistics: without a coordination head or gate none are sent"
+            )
+        return found
+
+    def unaccounted(self) -> list[str]:
+        """Why privacy cannot be promised with these settings, one sentence each."""
+        f, delta = self.federation, self.federation.settings.privacy.delta
+        reasons = []
+        if not self.private:
+            reasons.append(f"method {self.settings.name} sends what nobody has bounded")
+        if self.settings.robust != "none":
+            reasons.append(f"method.robust = {self.settings.robust} is not a sum of updates")
+        if f.clients and delta >= 1 / f.clients:
+            reasons.append(
+                f"delta = {delta:g} must be below 1 / {f.clients} seen clients, or publishing "
+                "one of them whole would do"
+            )
+        return reasons
+
+    @cached_property
+    def privacy(self) -> Privacy | None:
+        """The mechanisms of this run, or None where privacy is off."""
+        settings = self.federation.settings
+        if not settings.privacy.epsilon:
+            return None
+        rounds = range(1, settings.train.rounds + 1)
+        cohorts = [self.cohort_of(r) for r in rounds]
+        taken = np.bincount(np.concatenate(cohorts), minlength=self.federation.clients)
+        planned = replace(self.messages(settings.train.rounds), updates=float(taken.max()))
+        return Privacy(settings.privacy, settings.train.seed, planned)
+
+    def messages(self, round_: int) -> Messages:
+        """What a client has sent in gate updates by the end of a round; updates left out."""
+        return Messages(statistics=sum(self.gate_due(r) for r in range(1, round_ + 1)))
+
+    def privacy_spent(self, state: ServerState) -> dict[str, float]:
+        """epsilon and delta of the client that has sent most so far; empty without privacy."""
+        if self.privacy is None:
+            return {}
+        each, sent = (
+            getattr(self.settings, "experts_per_client", self.experts),
+            self.messages(state.round),
+        )
+        rounds = np.unique(state.dispatched.sum(axis=1) // each)
+        delta = self.privacy.settings.delta
+        clients = [replace(sent, updates=float(n)) for n in rounds]
+        return {"epsilon": epsilon(self.privacy.z, clients, delta), "delta": delta}
+
+    def evaluation_due(self, round_: int) -> bool:
+        """Whether there is an evaluation after a round."""
+        f = self.federation.settings
+        return round_ % f.evaluate.every == 0 or round_ == f.train.rounds
+
+    def gate_due(self, round_: int) -> bool:
+        """Whether there is a gate update after a round."""
+        also = self.gate_every > 0 and round_ % self.gate_every == 0
+        return self.coordinates and (also or self.evaluation_due(round_))
 
     @property
     def coordinates(self) -> bool:
@@ -283,9 +360,13 @@ class Method:
 
     def cohort(self, state: ServerState) -> list[int]:
         """Seen clients that take part in the coming round, ascending. Equal for all methods."""
+        return self.cohort_of(state.round + 1)
+
+    def cohort_of(self, round_: int) -> list[int]:
+        """The cohort of a round: the seed alone decides it."""
         train = self.federation.settings.train
         size = max(1, round(self.federation.clients * train.cohort))
-        rng = stream(train.seed, "cohort", state.round + 1)
+        rng = stream(train.seed, "cohort", round_)
         chosen = rng.choice(self.federation.clients, size, replace=False)
         return sorted(int(k) for k in chosen)
 
@@ -296,9 +377,14 @@ class Method:
     def orders(
         self, state: ServerState, cohort: Sequence[int], experts: NDArray[np.int64]
     ) -> list[Order]:
-        """Attach the weights a[k,m] = n_k c[k,m] / sum_j n_j c[j,m] to a dispatch [n, K]."""
+        """Attach the weights a[k,m] = n_k c[k,m] / sum_j n_j c[j,m] to a dispatch [n, K].
+
+        With privacy every client counts the same: sample counts and losses are its own affair.
+        """
         n = self.federation.train_counts[list(cohort)]
         raw = n[:, None] * np.take_along_axis(state.correlation[list(cohort)], experts, axis=1)
+        if self.privacy is not None:
+            raw = np.ones_like(raw)
         total = np.bincount(experts.ravel(), raw.ravel(), minlength=self.experts)
         weights = raw / total[experts]
         return [
@@ -309,16 +395,22 @@ class Method:
     def aggregate(
         self, state: ServerState, orders: Sequence[Order], results: Sequence[LocalResult]
     ) -> ServerState:
-        """`server_step` with the mean updates sum_k a[k,m] (theta_km - theta_m).
+        """`server_step` with the mean updates sum_k a[k,m] (theta_km - theta_m), or what `robust`
+        puts in their place.
 
         An expert that nobody trained stays as it is.
         """
         total = merged(results)
         weight = total.weights.value()
         trained = weight > 0
-        after = self.server_step(
-            state, total.updates.value() / np.where(trained, weight, 1.0)[:, None]
-        )
+        means = total.updates.value() / np.where(trained, weight, 1.0)[:, None]
+        if robust.needs_singles(self.settings):
+            means = robust.combine(self.settings, total.singles, means.shape)
+        if self.privacy is not None:
+            asked = np.bincount([m for o in orders for m in o.experts], minlength=self.experts)
+            trained = asked > 0
+            means = self.privacy.noised(total.updates.value(), asked, state.round + 1)
+        after = self.server_step(state, means)
         personal = state.personal_round.copy()
         personal[total.personal] = state.round + 1
         dispatched = state.dispatched.copy()
@@ -354,8 +446,14 @@ class Method:
         dropped = {"gate_messages_dropped": float(sum(total.dropped.values()))}
         if not total.statistics.count:
             return replace(state, diagnostics=dropped)
-        head = total.statistics.solve(self.settings.ridge).astype(np.float32)
+        head = self.solve(state, total.statistics).astype(np.float32)
         return replace(state.with_extra(head=head), diagnostics=dropped)
+
+    def solve(self, state: ServerState, statistics: Statistics) -> NDArray[np.float64]:
+        """[D, T] the ridge regression on all clients' statistics; of noised ones with privacy."""
+        if self.privacy is not None:
+            return self.privacy.solve(statistics, self.settings.ridge, state.round)
+        return statistics.solve(self.settings.ridge)
 
     # --------------------------------------------------------------- clients
 
@@ -407,32 +505,72 @@ class Method:
         self, side: ClientSide, state: ServerState, orders: Sequence[Order]
     ) -> LocalResult:
         """Train one shard of the cohort and add its updates up, one at a time."""
-        result = LocalResult.zeros(*state.experts.shape)
-        by_client = {order.client: order for order in orders}
-        fits = (fit for order in orders for fit in self.fits(side, state, order))
-        for fit, trained in side.trainer.fit(fits, self.work(state.round + 1), side.data):
+        result, round_ = LocalResult.zeros(*state.experts.shape), state.round + 1
+        inbox = self.inbox(state, orders)
+        answering = self.faults.answering(round_, (order.client for order in orders))
+        working = [order for order in orders if order.client in answering]
+        fits = (fit for order in working for fit in self.fits(side, state, order))
+        for fit, trained in side.trainer.fit(fits, self.work(round_), side.data):
             result.images += trained.images
-            if not np.all(np.isfinite(trained.vector)):
-                result.dropped["not finite" if fit.name >= 0 else "personal not finite"] += 1
-                continue
             if fit.name < 0:
-                side.personal.save(fit.client, state.round + 1, trained.vector)
-                result.personal.append(fit.client)
+                if np.all(np.isfinite(trained.vector)):
+                    side.personal.save(fit.client, round_, trained.vector)
+                    result.personal.append(fit.client)
+                else:
+                    result.dropped["personal not finite"] += 1
                 continue
-            order = by_client[fit.client]
-            weight = order.weights[order.experts.index(fit.name)]
             kept = trained.vector.copy() if self.keeps_trained else None
             # In place: the trained vector is not needed any more, and it is large.
             delta = np.subtract(trained.vector, state.experts[fit.name], out=trained.vector)
-            if not add_at(result, fit.name, delta, weight):
-                continue
-            if kept is not None:
-                side.personal.save(fit.client, state.round + 1, kept)
-                result.personal.append(fit.client)
-            result.losses.append(trained.loss * trained.images)
-            result.samples += trained.images
-            self.note(side, state, result, fit, delta)
+            for update in self.faults.sent(Update(fit.client, fit.name, round_, delta)):
+                counted = self.receive(inbox, result, update)
+                if counted is None:
+                    continue
+                if kept is not None:
+                    side.personal.save(fit.client, round_, kept)
+                    result.personal.append(fit.client)
+                result.losses.append(trained.loss * trained.images)
+                result.samples += trained.images
+                self.note(side, state, result, fit, counted)
+        if inbox.unanswered:
+            result.dropped["no answer"] += inbox.unanswered
         return result
+
+    @cached_property
+    def faults(self) -> Faults:
+        """The simulated client faults of this run."""
+        settings = self.federation.settings
+        return Faults(settings.faults, settings.train.seed, self.federation.clients)
+
+    def inbox(self, state: ServerState, orders: Sequence[Order]) -> Inbox:
+        """Where the answers to these orders arrive."""
+        weights = {
+            (order.client, expert): weight
+            for order in orders
+            for expert, weight in zip(order.experts, order.weights, strict=True)
+        }
+        longest = self.federation.settings.train.max_update_norm
+        return Inbox(weights, state.round + 1, state.experts.shape[1], longest)
+
+    def receive(self, inbox: Inbox, result: LocalResult, update: Update) -> Vector | None:
+        """Add an update that arrived to a shard's sums, or count why it is left out.
+
+        Returns:
+            [P] the update as it counts, shortened where clipping asks for it; None if left out.
+        """
+        reason = inbox.refuse(update)
+        if reason is not None:
+            result.dropped[reason] += 1
+            return None
+        delta, weight = update.delta, inbox.weights[update.client, update.expert]
+        if self.privacy is not None:
+            delta = self.privacy.clip(delta, inbox.asked(update.client))
+        if robust.needs_singles(self.settings):
+            result.singles.append(Single(update.expert, weight, delta))
+        elif self.settings.robust == "norm_clip":
+            delta = robust.shortened(delta, self.settings.robust_clip)
+        add_at(result, update.expert, delta, weight)
+        return delta
 
     def note(
         self,
@@ -476,10 +614,14 @@ class Method:
         for client in clients:
             images, labels = side.data.train(client)
             _, design = self.forward(side.trainer, state, images)
-            if np.all(np.isfinite(design)):
-                statistics.add(design, np.eye(self.federation.classes)[labels])
+            targets = np.eye(self.federation.classes)[labels]
+            targets, reason = self.faults.statistics(state.round, client, design, targets)
+            if reason is not None:
+                message.dropped[reason] += 1
+            elif self.privacy is not None:
+                self.privacy.add(statistics, design, targets)
             else:
-                message.dropped["not finite"] += 1
+                statistics.add(design, targets)
         return message
 
     # ------------------------------------------------------------ prediction
@@ -537,7 +679,7 @@ class Method:
 
     @property
     def calibrated(self) -> bool:
-        """Whether temperatures and weights are fitted on validation."""
+        """Whether temperatures and weights are fitted on validation, or used as they start."""
         return bool(self.settings.coordination_head)
 
     def grids(self) -> dict[str, tuple[float, tuple[float, ...]]]:
@@ -562,12 +704,13 @@ class Method:
         """Fit temperatures and weights by coordinate search on the validation likelihood.
 
         Federated form: for each candidate a client sends one number, its summed loss. Twice:
-        `global` predicts without, `client` with the client's label prior and correlation.
+        `global` predicts without, `client` with the client's label prior and correlation. With
+        privacy those numbers are not sent, and all stays at its start.
 
         Args:
             validation: seen clients' outputs and labels on their validation splits, by client.
         """
-        if not self.calibrated:
+        if not self.calibrated or self.privacy is not None:
             return state
         f = self.federation
 
@@ -740,25 +883,18 @@ def head_size(method: Method) -> int:
     return sum(p.numel() for p in head.parameters())
 
 
-def add_at(result: LocalResult, expert: int, delta: Vector, weight: float) -> bool:
-    """Add one client's update of one expert to a shard's sums, or count it as dropped.
+def add_at(result: LocalResult, expert: int, delta: Vector, weight: float) -> None:
+    """Add one client's update of one expert to a shard's sums, once `Inbox` has admitted it.
 
-    Returns:
-        Whether it was added.
+    Raises:
+        OverflowError: it is not finite or too large for the sums.
     """
-    with np.errstate(over="ignore"):
-        square = float(delta @ delta)
-    # The largest the exact sums take, far beyond any sane update; catches NaN too.
-    if not square < 2.0**24:
-        result.dropped["too large"] += 1
-        return False
     unit = np.zeros(len(result.weights.total))
     unit[expert] = 1.0
     ExactSum(result.updates.total[expert], result.updates.bits).add(delta, weight)
     result.weights.add(unit, weight)
-    result.square_norms.add(unit, weight * square)
+    result.square_norms.add(unit, weight * square_norm(delta))
     result.valid += 1
-    return True
 
 
 def merged(results: Sequence[LocalResult]) -> LocalResult:
@@ -775,6 +911,7 @@ def merged(results: Sequence[LocalResult]) -> LocalResult:
         personal=list(first.personal),
         sketches=dict(first.sketches),
         dropped=Counter(first.dropped),
+        singles=list(first.singles),
         extra={
             name: ExactSum(total.total.copy(), total.bits) for name, total in first.extra.items()
         },

@@ -32,6 +32,7 @@ class DittoSettings(MethodSettings):
 
 class Ditto(Method):
     Settings = DittoSettings
+    private = True
     settings: DittoSettings
     shares = (1.0,)
 

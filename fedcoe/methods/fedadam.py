@@ -39,6 +39,7 @@ class FedAdamSettings(MethodSettings):
 
 class FedAdam(Method):
     Settings = FedAdamSettings
+    private = True
     settings: FedAdamSettings
 
     def init(self) -> ServerState:

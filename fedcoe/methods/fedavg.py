@@ -17,3 +17,4 @@ class FedAvg(Method):
     """The base class with one expert is FedAvg."""
 
     Settings = FedAvgSettings
+    private = True

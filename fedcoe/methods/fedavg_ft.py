@@ -25,4 +25,5 @@ class FedAvgFT(Method):
     """The base class fine-tunes; only the setting is new."""
 
     Settings = FedAvgFTSettings
+    private = True
     shares = (1.0,)

@@ -27,3 +27,4 @@ class FedAvgM(Method):
     """The base class has the step; only the default differs."""
 
     Settings = FedAvgMSettings
+    private = True

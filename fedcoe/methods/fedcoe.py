@@ -35,6 +35,7 @@ from fedcoe.methods.base import GateMessage, LocalResult, Method, Order, Scores
 from fedcoe.methods.settings import MethodSettings
 from fedcoe.models.flat import Vector
 from fedcoe.prediction import Log
+from fedcoe.privacy import Messages
 from fedcoe.state import ServerState
 from fedcoe.streams import stream
 
@@ -132,12 +133,37 @@ class FedCoEMessage(GateMessage):
 class FedCoE(Method):
     Settings = FedCoESettings
     has_gate = True
+    private = True
     settings: FedCoESettings
 
     def inert(self) -> list[str]:
-        if self.experts > 1:
-            return []
-        return ["experts = 1: the gate, the correlation and dispatch decide nothing"]
+        found = super().inert()
+        if self.experts == 1:
+            found.append("experts = 1: the gate, the correlation and dispatch decide nothing")
+        if self.settings.gate == "neural" and self.federation.settings.faults.attack_statistics:
+            found.append("faults.attack_statistics: gate = neural sends none")
+        return found
+
+    def unaccounted(self) -> list[str]:
+        s, reasons = self.settings, super().unaccounted()
+        if s.gate == "neural":
+            reasons.append("method.gate = neural sends weights nobody has bounded; use analytic")
+        if s.similarity == "updates":
+            reasons.append("method.similarity = updates sends sketches; use labels or none")
+        if s.dispatch == "label_clusters":
+            reasons.append("method.dispatch = label_clusters reads label counts")
+        return reasons
+
+    def messages(self, round_: int) -> Messages:
+        sent = super().messages(round_)
+        if self.experts == 1:
+            return sent
+        losses = sum(self.gate_due(r) and self._losses_sent(r) for r in range(1, round_ + 1))
+        return replace(sent, correlation=(self.settings.similarity == "labels") + losses)
+
+    def _losses_sent(self, round_: int) -> bool:
+        """With privacy: losses after the last round would decide nothing any more."""
+        return self.experts > 1 and round_ < self.federation.settings.train.rounds
 
     # ---------------------------------------------------------------- server
 
@@ -148,6 +174,8 @@ class FedCoE(Method):
             state = state.with_extra(gate=neural_gate.initial(f.shape, self.experts, self._seed))
         if s.similarity == "labels" and self.experts > 1:
             points = correlation.hellinger(f.label_counts)
+            if self.privacy is not None:
+                points = self.privacy.report(points, "label mixes", 0)
             state = replace(state, correlation=self._similar(points))
         return state
 
@@ -198,7 +226,7 @@ class FedCoE(Method):
         if not total.losses:
             return replace(state, diagnostics={"gate_messages_dropped": dropped})
         if total.statistics is not None:
-            weights = total.statistics.solve(s.ridge).astype(np.float32)
+            weights = self.solve(state, total.statistics).astype(np.float32)
             gate, head = weights[:, : self.experts], weights[:, self.experts :]
             if s.gate == "frozen_random":
                 drawn = stream(self._seed, "gate init").standard_normal(gate.shape)
@@ -212,15 +240,22 @@ class FedCoE(Method):
             state = state.with_extra(gate=mean.astype(np.float32))
         clients = sorted(total.losses)
         losses = np.stack([total.losses[k] for k in clients])
+        diagnostics = {"gate_messages_dropped": dropped}
+        if self.privacy is not None:
+            if not self._losses_sent(state.round):
+                return replace(state, diagnostics=diagnostics)
+            losses -= losses.mean(axis=1, keepdims=True)
+            losses = self.privacy.report(losses, "losses", state.round)
         c = state.correlation.copy()
         c[clients] = correlation.normalise(
             s.correlation_momentum * c[clients]
             + (1 - s.correlation_momentum) * correlation.from_losses(losses, s.loss_sharpness),
             s.correlation_floor,
         )
-        shared = total.shared.value() / len(clients)
-        inconsistency = _entropy(shared) - sum(total.entropies[k] for k in clients) / len(clients)
-        diagnostics = {"gating_inconsistency": inconsistency, "gate_messages_dropped": dropped}
+        if self.privacy is None:
+            shared = total.shared.value() / len(clients)
+            spread = _entropy(shared) - sum(total.entropies[k] for k in clients) / len(clients)
+            diagnostics = {"gating_inconsistency": spread} | diagnostics
         return replace(state, correlation=c, diagnostics=diagnostics)
 
     # --------------------------------------------------------------- clients
@@ -286,12 +321,22 @@ class FedCoE(Method):
             logits, design = self.forward(trainer, state, images, self._analytic)
             losses = prediction.sample_losses(logits, labels)
             q = np.exp(log_softmax(-losses / s.gate_temperature, axis=1))
-            if not np.all(np.isfinite(losses)) or not np.all(np.isfinite(design)):
-                message.dropped["not finite"] += 1
+            y = np.eye(self.federation.classes)[labels]
+            targets = np.concatenate([q, y], axis=1)[:, : self._targets]
+            targets, reason = self.faults.statistics(state.round, client, design, targets)
+            if reason is None and not np.all(np.isfinite(losses)):
+                reason = "not finite"
+            if reason is not None:
+                message.dropped[reason] += 1
+                if self.privacy is not None:
+                    # Its absence would be one more message.
+                    message.losses[client] = np.zeros(self.experts)
                 continue
             if message.statistics is not None:
-                y = np.eye(self.federation.classes)[labels]
-                targets = np.concatenate([q, y], axis=1)[:, : self._targets]
+                if self.privacy is not None:
+                    self.privacy.add(message.statistics, design, targets)
+                    message.losses[client] = losses.mean(axis=0)
+                    continue
                 mine = Statistics.zeros(design.shape[1], self._targets)
                 mine.add(design, targets)
                 message.statistics.merge(mine)

@@ -47,7 +47,8 @@ class FedEM(Method):
     settings: FedEMSettings
 
     def inert(self) -> list[str]:
-        return ["experts = 1: this is FedAvg"] if self.experts == 1 else []
+        alone = ["experts = 1: this is FedAvg"] if self.experts == 1 else []
+        return [*super().inert(), *alone]
 
     def init(self) -> ServerState:
         return replace(super().init(), experts=self.initial_experts(self.experts))

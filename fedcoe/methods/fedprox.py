@@ -30,6 +30,7 @@ class FedProxSettings(MethodSettings):
 
 class FedProx(Method):
     Settings = FedProxSettings
+    private = True
     settings: FedProxSettings
 
     def fits(self, side: ClientSide, state: ServerState, order: Order) -> list[Fit]:

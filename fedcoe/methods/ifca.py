@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedcoe.engine.pool import ClientSide
+from fedcoe.faults import ABSENT
 from fedcoe.methods.base import LocalResult, Method, Order, Scores
 from fedcoe.methods.settings import MethodSettings
 from fedcoe.state import ServerState
@@ -40,7 +41,8 @@ class IFCA(Method):
     settings: IFCASettings
 
     def inert(self) -> list[str]:
-        return ["experts = 1: this is FedAvg"] if self.experts == 1 else []
+        alone = ["experts = 1: this is FedAvg"] if self.experts == 1 else []
+        return [*super().inert(), *alone]
 
     def init(self) -> ServerState:
         return replace(super().init(), experts=self.initial_experts(self.experts))
@@ -59,7 +61,11 @@ class IFCA(Method):
     ) -> LocalResult:
         picks = {order.client: self.pick(side, state, order.client) for order in orders}
         result = super().local_train(side, state, _picked(orders, picks))
-        result.sketches = {client: np.array([m]) for client, m in picks.items()}
+        result.sketches = {
+            client: np.array([m])
+            for client, m in picks.items()
+            if self.faults.of(state.round + 1, client) not in ABSENT
+        }
         return result
 
     def pick(self, side: ClientSide, state: ServerState, client: int) -> int:
@@ -106,4 +112,7 @@ class IFCA(Method):
 
 
 def _picked(orders: Sequence[Order], picks: Mapping[int, int]) -> list[Order]:
-    return [replace(order, experts=(picks[order.client],)) for order in orders]
+    """Orders for the picked experts; for the last pick of a client that has not told another."""
+    return [
+        replace(order, experts=(picks.get(order.client, order.experts[0]),)) for order in orders
+    ]

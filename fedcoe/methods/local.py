@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcoe.config import FaultSettings
 from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit, Trainer
 from fedcoe.methods.base import LocalResult, Method, Order, Scores
@@ -69,7 +70,12 @@ class Local(Method):
             for name in ("balanced_softmax", "server_momentum", "coordination_head")
             if getattr(self.settings, name)
         ]
-        return [f"{name}: Local shares no model that it could change" for name in on]
+        if self.settings.robust != "none":
+            on.append("robust")
+        found = [f"{name}: Local shares no model that it could change" for name in on]
+        if self.federation.settings.faults != FaultSettings():
+            found.append("faults: Local sends nothing that could be late or broken")
+        return found
 
     @property
     def coordinates(self) -> bool:

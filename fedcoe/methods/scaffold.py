@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+from pydantic import field_validator
 
 from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit
@@ -34,6 +35,16 @@ LARGEST = 2.0**12
 
 class ScaffoldSettings(MethodSettings):
     name: Literal["scaffold"] = "scaffold"
+
+    @field_validator("robust")
+    @classmethod
+    def _plain(cls, robust: str) -> str:
+        if robust != "none":
+            raise ValueError(
+                "scaffold averages control variates beside the updates, where attackers would "
+                "get through all the same; only none"
+            )
+        return robust
 
 
 class Scaffold(Method):

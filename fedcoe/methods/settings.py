@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -39,6 +39,28 @@ class MethodSettings(BaseModel):
     )
     ridge: float = Field(
         1e-3, gt=0.0, le=100.0, description="Regularisation of what is solved in closed form"
+    )
+    # Left out of dumps when off: keys of results from before there was a choice stay as they were.
+    robust: Literal["none", "norm_clip", "trimmed_mean", "median"] = Field(
+        "none",
+        description="How an expert's updates are combined; trimmed mean and median are by "
+        "coordinate and count clients equally (Yin et al., ICML 2018)",
+        exclude_if=lambda value: value == "none",
+    )
+    robust_clip: float = Field(
+        0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="norm_clip: updates are shortened to this; 0 = the median length of those of "
+        "the same expert and round",
+        exclude_if=lambda value: value == 0.0,
+    )
+    robust_trim: float = Field(
+        0.2,
+        ge=0.0,
+        lt=0.5,
+        description="trimmed_mean: share of clients left out on either side, rounded up",
+        exclude_if=lambda value: value == 0.2,
     )
 
 

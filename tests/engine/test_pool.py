@@ -1,14 +1,34 @@
 import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from fedcoe.engine.pool import Engine, Site
 from fedcoe.errors import FedCoEError
+from fedcoe.rounds import plan_round
+
+
+def train_with_little_memory(side, method, state, orders, more):
+    """Train on what the process has and `more` bytes; then it may have what it likes again."""
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (has + more, before[1]))
+    try:
+        return method.local_train(side, state, orders).valid
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def more_than_there_is(side, how):
+    return how(2**50)
 
 
 def add(side, a, b):
@@ -20,7 +40,7 @@ def whoami(side):
 
 
 def die(side):
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_once(side, flag):
@@ -88,9 +108,49 @@ def test_a_worker_that_dies_once_is_replaced_and_one_that_dies_twice_is_an_error
     engine = make_engine(workers=2)
     assert engine.run(whoami) != os.getpid()
     assert engine.run(die_once, tmp_path / "flag") == "alive"
-    with pytest.raises(FedCoEError, match="died twice"):
+    with pytest.raises(
+        FedCoEError, match=r"died twice at the same work; .* lower runtime\.workers"
+    ):
         engine.run(die)
     assert engine.map(add, 1, over=[1, 2, 3]) == [2, 3, 4]
+
+
+@pytest.mark.slow
+def test_training_that_gets_no_memory_is_tried_once_more_and_then_said_in_one_line(
+    make_engine, make_method
+):
+    method = make_method()
+    engine = make_engine(workers=2)
+    state = method.init()
+    [orders, *_] = plan_round(method, state, engine).shards
+    given = (method, state.for_clients(), orders)
+    with pytest.raises(FedCoEError, match="memory ran out twice at the same work") as caught:
+        engine.run(train_with_little_memory, *given, 100_000)
+    assert "lower runtime.workers or train.batch_size" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    # The worker lives, and with enough it does the work.
+    assert engine.run(train_with_little_memory, *given, 2**33) > 0
+
+
+def zeros(count):
+    return np.zeros(count, np.uint8)
+
+
+@pytest.mark.parametrize("how", [zeros, torch.empty], ids=["NumPy", "torch"])
+def test_without_workers_a_lack_of_memory_is_said_at_once(engine, how):
+    with pytest.raises(FedCoEError, match=r"memory ran out .*: lower runtime\.workers") as caught:
+        engine.run(more_than_there_is, how)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_in_a_training_stay_what_they_are(engine):
+    with pytest.raises(RuntimeError, match="size"):
+        engine.run(lambda side: torch.ones(2) @ torch.ones(3))
+
+
+def test_work_on_an_engine_that_is_not_open_is_an_error():
+    with pytest.raises(FedCoEError, match="not open"):
+        Engine(Site(*"abcd"), 2).run(add, 1, 2)  # type: ignore[arg-type]
 
 
 ORPHANED = """
@@ -101,7 +161,7 @@ from fedcoe.engine.pool import Engine, Site
 if __name__ == "__main__":
     data, partitions, personal = map(Path, sys.argv[1:])
     with Engine(Site(data, partitions, personal, "gn_cnn"), 2) as engine:
-        print(*engine.map(worker, over=[0.5, 0.5]), flush=True)
+        print(*engine.map(worker, over=[2.0, 2.0]), flush=True)
         time.sleep(60)
 """
 WORKER = """

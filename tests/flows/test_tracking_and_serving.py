@@ -58,32 +58,25 @@ def test_the_version_of_the_data_is_what_dvc_calls_it(tmp_path: Path) -> None:
     assert data_version(tmp_path) == "0d50.dir"
 
 
-def test_the_machine_is_watched_until_the_run_ends(
-    mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
+def test_the_machine_is_watched_until_it_is_stopped() -> None:
     import threading
-    import time
 
-    from mlflow import MlflowClient
+    from tasks.machine import Machine
 
-    from tasks.tracking import Tracking
+    told: list[dict[str, float]] = []
+    often = threading.Event()
 
-    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    client = MlflowClient()
-    run_id = client.create_run("0").info.run_id
-    tracking = Tracking(run_id)
-    tracking.watch_machine(0.05)
-    deadline = time.monotonic() + 20
-    while not client.get_metric_history(run_id, "system/cpu_utilization_percentage"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    tracking.finish("FINISHED")
-    assert not [t for t in threading.enumerate() if t.name == "SystemMetricsMonitor"]
-    found = client.get_run(run_id)
-    assert found.info.status == "FINISHED"
-    assert found.data.metrics["system/system_memory_usage_percentage"] > 0
+    def tell(figures: dict[str, float]) -> None:
+        told.append(figures)
+        if len(told) == 3:
+            often.set()
+
+    machine = Machine(0.01, tell)
+    assert often.wait(60)
+    machine.stop()
+    assert not [thread for thread in threading.enumerate() if thread.name == "machine"]
+    assert told[-1]["system/system_memory_usage_percentage"] > 0
+    assert "system/cpu_utilization_percentage" in told[0]
 
 
 def test_the_git_commit_says_whether_files_differ_from_it(tmp_path: Path) -> None:

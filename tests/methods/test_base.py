@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedcoe.engine.trainer import Trainer
+from fedcoe.faults import Update
 from fedcoe.methods.base import LocalResult, Order, Scores, add_at, drift, merged
 from fedcoe.prediction import prior_from_counts
 from fedcoe.state import ServerState
@@ -69,15 +70,18 @@ def test_momentum_and_step_size_by_hand_over_two_rounds(make_method):
 def test_weights_of_dropped_updates_go_to_the_others(make_method):
     method = make_method(server_momentum=0.0)
     state = tiny_state([[0.0], [0.0]])
-    result = results(state, [(0, [8.0], 0.25), (0, [np.nan], 0.75)])
-    assert result.dropped == {"too large": 1}
+    inbox, result = method.inbox(state, ORDERS), LocalResult.zeros(*state.experts.shape)
+    method.receive(inbox, result, Update(0, 0, 1, np.array([8.0], np.float32)))
+    method.receive(inbox, result, Update(2, 0, 1, np.array([np.nan], np.float32)))
+    assert result.dropped == {"not finite": 1}
     after = method.aggregate(state, ORDERS, [result])
     np.testing.assert_allclose(after.experts[0], [8.0])
 
 
-def test_an_update_too_long_for_the_exact_sum_is_dropped_whole():
-    state = tiny_state([[0.0, 0.0]])
-    result = results(state, [(0, [5000.0, 1.0], 1.0)])
+def test_an_update_too_long_for_the_exact_sum_is_dropped_whole(make_method):
+    method, state = make_method(name="fedavg"), tiny_state([[0.0, 0.0]])
+    inbox, result = method.inbox(state, ORDERS), LocalResult.zeros(*state.experts.shape)
+    method.receive(inbox, result, Update(0, 0, 1, np.array([5000.0, 1.0], np.float32)))
     assert result.dropped["too large"] == 1
     assert not result.updates.total.any()
     assert not result.weights.total.any()
