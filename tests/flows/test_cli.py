@@ -1,12 +1,9 @@
 """The `fedcoe` command: help, one-line errors, exit codes, JSON."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,33 +185,6 @@ def test_doctor_says_that_a_server_does_not_answer(
     [mlflow] = [f for f in json.loads(result.stdout) if f["what"] == "MLflow"]
     assert mlflow["status"] == "bad" and "http://127.0.0.1:9" in mlflow["found"]
     assert result.exit_code == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_ends_with_130_and_a_word(new_project: Callable[..., Path], workers: int) -> None:
-    root = new_project(train={"rounds": 1000}, runtime={"workers": workers})
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from flows.cli import main; main()", "train"],
-        cwd=root,
-        env={k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_API", "MLFLOW_T"))},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,  # its own process group, as a terminal gives it
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not list((root / ".fedcoe").glob("runs/*/round-000003*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130
-    assert "interrupted" in said and "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ class Killer:
                 time.sleep(self.rng.uniform(0.0, 0.05))
                 break
             if instant == "checkpoint":
-                seen |= set((root / ".fedcoe/runs").glob("*/.round-*.tmp"))
+                with suppress(FileNotFoundError):  # a run that ends deletes its folder
+                    seen |= set((root / ".fedcoe/runs").glob("*/.round-*.tmp"))
                 if len(seen) > passed:
                     break
         if process.poll() is not None:

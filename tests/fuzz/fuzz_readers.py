@@ -33,6 +33,7 @@ from readers import READERS, Reader
 
 from fedcoe.errors import FedCoEError
 
+SHARED = struct.Struct("<qdqq")
 HANG = 5
 """Seconds an input may take."""
 
@@ -78,9 +79,11 @@ def fuzz(
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         reader = READERS[name](Path(folder))
-        shared = mmap.mmap(-1, 16)  # number of the input being read, when it was begun
+        # Number of the input being read, when it was begun, how many were read and refused: a
+        # child that is killed has left its counts here.
+        shared = mmap.mmap(-1, SHARED.size)
         while time.monotonic() < end and (count is None or first < count):
-            shared[:] = struct.pack("<qd", first, time.monotonic())
+            shared[:] = SHARED.pack(first, time.monotonic(), 0, 0)
             report = Path(folder) / "report"
             child = os.fork()
             if not child:
@@ -90,7 +93,9 @@ def fuzz(
             died = _watch(child, shared)
             for line in report.read_text(encoding="utf-8").splitlines():
                 _note(result, json.loads(line), keep, reader, name, seed)
-            last: int = struct.unpack("<qd", shared[:])[0]
+            last, _, read, refused = SHARED.unpack(shared[:])
+            result.outcomes.update(read=read, refused=refused)
+            result.inputs += read + refused
             if died:
                 row = {"input": last, "finding": died, "outcome": "finding"}
                 _note(result, row, keep, reader, name, seed)
@@ -104,7 +109,7 @@ def _watch(child: int, shared: mmap.mmap) -> str:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return "" if status == 0 else f"died ({os.waitstatus_to_exitcode(status)})"
-        begun = struct.unpack("<qd", shared[:])[1]
+        begun = SHARED.unpack(shared[:])[1]
         if time.monotonic() - begun > 3 * HANG:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -115,11 +120,6 @@ def _watch(child: int, shared: mmap.mmap) -> str:
 def _note(
     result: Result, row: dict[str, Any], keep: Path | None, reader: Reader, name: str, seed: int
 ) -> None:
-    # Outcomes are counted in lots: a line an input would cost more than reading most of them.
-    if "counts" in row:
-        result.outcomes.update(row["counts"])
-        result.inputs += sum(row["counts"].values())
-        return
     result.inputs += 1
     result.outcomes["finding"] += 1
     result.findings.append(f"{name} input {row['input']} (seed {seed}): {row['finding']}")
@@ -149,9 +149,8 @@ def _read_inputs(
     size = _status("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, size + ADDRESS_SPACE))
     counts: Counter[str] = Counter()
-    told = time.monotonic()
     while time.monotonic() < end and (count is None or number < count):
-        shared[:] = struct.pack("<qd", number, time.monotonic())
+        shared[:] = SHARED.pack(number, time.monotonic(), counts["read"], counts["refused"])
         data = _input(reader, name, seed, number)
         outcome, finding = _read_one(reader, data)
         if finding:
@@ -159,11 +158,7 @@ def _read_inputs(
         else:
             counts[outcome] += 1
         number += 1
-        if time.monotonic() - told > 0.5:
-            print(json.dumps({"counts": counts}), file=report, flush=True)
-            counts.clear()
-            told = time.monotonic()
-    print(json.dumps({"counts": counts}), file=report, flush=True)
+    shared[:] = SHARED.pack(number - 1, time.monotonic(), counts["read"], counts["refused"])
 
 
 def _input(reader: Reader, name: str, seed: int, number: int) -> bytes:

@@ -68,7 +68,7 @@ def test_the_fuzzer_finds_what_it_is_there_to_find(
     monkeypatch.setitem(fuzz_readers.READERS, "faulty", Faulty)
     monkeypatch.setattr(fuzz_readers, "HANG", 3)
     result = fuzz_readers.fuzz("faulty", 60, count=7, keep=tmp_path)
-    assert (result.inputs, result.outcomes) == (7, {"refused": 1, "finding": 6})
+    assert (result.inputs, result.outcomes) == (7, {"read": 0, "refused": 1, "finding": 6})
     found = "\n".join(result.findings)
     for i, words in enumerate(
         ("several lines", "KeyError", "bytes of memory", "died (-9)", "hangs", "allocate"), start=1

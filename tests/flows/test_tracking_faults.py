@@ -1,0 +1,258 @@
+"""MLflow and Prefect out of reach: training goes on, nothing is lost, nothing arrives twice."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tasks.delivery import deliver
+from tasks.outbox import Outbox
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Server:
+    """A real `mlflow server` that can be killed and started again over the same store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        log = (self.folder / "server.log").open("a")
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+                *("--host", "127.0.0.1", "--port", str(self.port)),
+                *("--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"),
+                *("--artifacts-destination", str(self.folder / "artifacts")),
+            ],
+            stdout=log, stderr=log, start_new_session=True,
+            env={k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"},
+        )  # fmt: skip
+        for _ in range(240):
+            with suppress(OSError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5)
+                return
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+            time.sleep(0.25)
+        pytest.fail((self.folder / "server.log").read_text()[-2000:])
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path, mlflow_database: Path) -> Iterator[Server]:
+    (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())
+    server = Server(tmp_path)
+    yield server
+    server.kill()
+
+
+def logged(store: str) -> dict[str, Any]:
+    """What the store knows of the one training in it, but for times and the machine's figures."""
+    client = MlflowClient(store)
+    [experiment] = [e for e in client.search_experiments() if e.name == "fedcoe"]
+    [run] = client.search_runs([experiment.experiment_id])
+    names = sorted(name for name in run.data.metrics if not name.startswith("system/"))
+    rows = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+    models = client.search_registered_models("name LIKE 'fedcoe%'")
+    return {
+        "status": run.info.status,
+        "params": run.data.params,
+        "steps": {name: sorted(row.step for row in found) for name, found in rows.items()},
+        "accuracy": {
+            name: [(row.step, row.value) for row in found]
+            for name, found in rows.items()
+            if "accuracy" in name
+        },
+        "data": [found.dataset.name for found in run.inputs.dataset_inputs],
+        "figures": sorted(f.path for f in client.list_artifacts(run.info.run_id, "figures")),
+        "versions": {
+            model.name: [
+                (version.version, version.status, version.aliases)
+                for version in client.search_model_versions(f"name='{model.name}'")
+            ]
+            for model in models
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    new_project: Callable[..., Path], run_training: Callable[..., dict[str, float]]
+) -> tuple[Path, dict[str, Any]]:
+    root = new_project()
+    run_training(root)
+    return root, logged(f"sqlite:///{root}/.fedcoe/mlflow.db")
+
+
+@pytest.mark.slow
+def test_with_no_server_at_all_training_ends_well_and_sync_sends_everything_once(
+    new_project: Callable[..., Path],
+    fedcoe_command: Command,
+    prefect_api: str,
+    server: Server,
+    undisturbed: tuple[Path, dict[str, Any]],
+    contents: Callable[..., dict[str, bytes]],
+) -> None:
+    root = new_project()
+    at = {"MLFLOW_TRACKING_URI": server.url, "PREFECT_API_URL": prefect_api}
+    trained = fedcoe_command(root, "train", **at)
+    said = trained.stdout + trained.stderr
+    assert trained.returncode == 0, said
+    assert said.count("does not answer") == 1 and "training goes on" in said
+    assert "Traceback" not in said
+    assert contents(root, ("models",)) == contents(undisturbed[0], ("models",))
+
+    down = fedcoe_command(root, "sync", **at)
+    assert down.returncode == 1
+    assert len(down.stdout.splitlines()) == 1 and "does not answer" in down.stdout
+    assert "Traceback" not in down.stderr
+
+    server.start()
+    up = fedcoe_command(root, "sync", **at)
+    assert up.returncode == 0, up.stdout + up.stderr
+    assert logged(server.url) == undisturbed[1]
+    again = fedcoe_command(root, "sync", **at)
+    assert again.returncode == 0 and "nothing waits" in again.stdout
+    assert logged(server.url) == undisturbed[1]
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_the_middle_costs_no_record_and_doubles_none(
+    new_project: Callable[..., Path],
+    fedcoe_command: Command,
+    run_training: Callable[..., dict[str, float]],
+    prefect_api: str,
+    server: Server,
+) -> None:
+    reference, root = (new_project(train={"rounds": 12}) for _ in range(2))
+    run_training(reference)
+    server.start()
+
+    def kill_in_the_middle() -> None:
+        while not list((root / ".fedcoe").glob("runs/*/round-000004*")):
+            time.sleep(0.01)
+        server.kill()
+
+    killer = threading.Thread(target=kill_in_the_middle, daemon=True)
+    killer.start()
+    at = {"MLFLOW_TRACKING_URI": server.url, "PREFECT_API_URL": prefect_api}
+    trained = fedcoe_command(root, "train", **at)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    killer.join(10)
+    assert not killer.is_alive()
+    assert "training goes on" in trained.stdout + trained.stderr
+
+    server.start()
+    [experiment] = [e for e in MlflowClient(server.url).search_experiments() if e.name == "fedcoe"]
+    assert len(MlflowClient(server.url).search_runs([experiment.experiment_id])) == 1
+    up = fedcoe_command(root, "sync", **at)
+    assert up.returncode == 0, up.stdout + up.stderr
+    assert logged(server.url) == logged(f"sqlite:///{reference}/.fedcoe/mlflow.db")
+
+
+@pytest.mark.slow
+def test_a_server_that_takes_requests_and_never_answers_does_not_hold_up_training(
+    new_project: Callable[..., Path], fedcoe_command: Command, prefect_api: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        root = new_project()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        trained = fedcoe_command(
+            root, "train", MLFLOW_TRACKING_URI=url, PREFECT_API_URL=prefect_api
+        )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "training goes on" in trained.stdout + trained.stderr
+    assert (root / "models").is_dir()
+
+
+@pytest.mark.slow
+def test_without_prefects_server_training_is_refused_in_one_line(
+    new_project: Callable[..., Path], fedcoe_command: Command
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}/api"
+    refused = fedcoe_command(new_project(), "train", PREFECT_API_URL=url)
+    assert refused.returncode not in (0, -9)
+    assert url in refused.stderr and "Traceback" not in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+
+
+@pytest.fixture
+def store(tmp_path: Path, mlflow_database: Path) -> str:
+    (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def small_box(root: Path, store: str) -> Outbox:
+    """A run of two metrics whose outbox stays when it was sent."""
+    box = Outbox(root, "box")
+    run: dict[str, Any] = {"kind": "run", "name": "small", "store": store, "memo": "memo"}
+    box.put(run | {"time": 1, "tags": {"seed": "0"}, "params": {"lr": "0.1"}})
+    for step in (1, 2):
+        box.put({"kind": "metrics", "time": step, "step": step, "values": {"loss": 1.0 / step}})
+    box.put({"kind": "status", "status": "FINISHED", "time": 3})
+    (root / "memo").write_text("box")
+    return box
+
+
+def never(what: str, why: str) -> None:
+    raise AssertionError(f"{what} refused: {why}")
+
+
+def test_what_arrived_before_a_lost_note_does_not_arrive_twice(tmp_path: Path, store: str) -> None:
+    box = small_box(tmp_path, store)
+    deliver(box, store, never)
+    first = logged(store)
+    assert first["steps"] == {"loss": [1, 2]} and first["status"] == "FINISHED"
+    (box.folder / "sent").unlink()
+    deliver(box, store, never)
+    assert logged(store) == first
+
+
+def test_a_record_that_mlflow_never_takes_is_said_and_the_rest_is_sent(
+    tmp_path: Path, store: str
+) -> None:
+    box = small_box(tmp_path, store)
+    bad = {"kind": "metrics", "time": 4, "step": 3, "values": {"a?b*": 1.0}}
+    box.put(bad)
+    box.put({"kind": "metrics", "time": 5, "step": 4, "values": {"loss": 0.25}})
+    told: list[str] = []
+    deliver(box, store, lambda what, why: told.append(why))
+    assert len(told) == 1 and "a?b*" in told[0]
+    assert logged(store)["steps"] == {"loss": [1, 2, 4]}
+    assert not box.waiting(store)
+
+
+def test_a_store_that_was_made_anew_gets_everything_again(
+    tmp_path: Path, store: str, mlflow_database: Path
+) -> None:
+    box = small_box(tmp_path, store)
+    deliver(box, store, never)
+    first = logged(store)
+    other = tmp_path / "other.db"
+    other.write_bytes(mlflow_database.read_bytes())
+    deliver(box, f"sqlite:///{other}", never)
+    assert logged(f"sqlite:///{other}") == first
