@@ -50,13 +50,44 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
     _quiet()
+    code: Any = 0
     try:
         with said_of_disks():
             app()
     except FedCoEError as error:
-        # Escaped: shapes and paths in brackets are no markup.
-        err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        code = _say(str(error))
+    except SystemExit as exit_:
+        code = exit_.code
+    except Exception as error:
+        if not _of_prefect(error):
+            raise
+        PREFECT_GONE.set()
+        url = os.environ.get("PREFECT_API_URL", "the address in Prefect's settings")
+        code = _say(
+            f"Prefect's server does not answer at {url}: finished rounds are kept; start it, or "
+            "unset PREFECT_API_URL, and run the same command again"
+        )
+    if PREFECT_GONE.is_set():
+        # A normal exit would try for 7 s an event to tell it what happened.
+        sys.stdout.flush()
+        _leave(code or 0)
+    sys.exit(code)
+
+
+PREFECT_GONE = threading.Event()
+
+
+def _say(error: str) -> int:
+    # Escaped: shapes and paths in brackets are no markup.
+    err.print(f"[red]error:[/red] {escape(error)}", highlight=False, soft_wrap=True)
+    return 2
+
+
+def _of_prefect(error: object) -> bool:
+    """Whether it says that Prefect's server cannot be reached."""
+    from httpx import TransportError
+
+    return isinstance(error, TransportError) or str(error).startswith("Failed to reach API at")
 
 
 @app.command(
@@ -134,8 +165,15 @@ def _train(**parameters: Any) -> dict[str, float]:
     from flows.federated_training import federated_training
 
     _start_prefect()
-    with _progress(nullcontext()):
-        return dict(federated_training(**parameters))
+    with _progress(nullcontext()) as ended:
+        try:
+            return dict(federated_training(**parameters))
+        except Exception as error:
+            if not (ended and _of_prefect(error)):
+                raise
+        PREFECT_GONE.set()
+        _warn(["Prefect's server does not answer; all results are written, it will not show them"])
+        return ended
 
 
 @contextmanager
@@ -315,11 +353,16 @@ def _quiet() -> None:
 
 
 @contextmanager
-def _progress(answer: AbstractContextManager[None] | None = None) -> Iterator[None]:
+def _progress(
+    answer: AbstractContextManager[None] | None = None,
+) -> Iterator[dict[str, float]]:
     """Rounds, accuracies, speed and time left, on a terminal; nothing elsewhere.
 
     Args:
         answer: to signals; default: Ctrl-C ends at once.
+
+    Yields:
+        The headline of a training, once all it writes is written.
     """
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -328,6 +371,7 @@ def _progress(answer: AbstractContextManager[None] | None = None) -> Iterator[No
     from tasks.progress import LISTENER
 
     figures: dict[str, str] = {}
+    ended: dict[str, float] = {}
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -351,6 +395,9 @@ def _progress(answer: AbstractContextManager[None] | None = None) -> Iterator[No
                     figures=figures["study"],
                 )
                 return
+            if event == "end":
+                ended.update(values["headline"])
+                return
             if event == "start":
                 run = values["run"]
                 bar.update(
@@ -371,7 +418,7 @@ def _progress(answer: AbstractContextManager[None] | None = None) -> Iterator[No
             # Joining the heartbeat thread costs a second at the end of every flow.
             quiet = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
             with quiet, _short_errors(), answer or _interruptible():
-                yield
+                yield ended
         except KeyboardInterrupt:
             _leave()
         finally:
@@ -413,14 +460,23 @@ def _leave(code: int = 130) -> None:
 
 @contextmanager
 def _short_errors() -> Iterator[None]:
-    """Keep Prefect from printing tracebacks of mistakes that `main` says in one line."""
+    """Keep Prefect from printing tracebacks of mistakes that `main` says in one line.
+
+    And from saying for each event, for minutes, that its server is gone.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
-        mistake = isinstance(record.exc_info and record.exc_info[1], FedCoEError)
+        error = record.exc_info and record.exc_info[1]
         said = record.getMessage()
-        return not (mistake or "FedCoEError" in said or "exception: Stopped:" in said)
+        return not (
+            isinstance(error, FedCoEError)
+            or _of_prefect(error)
+            or any(word in said for word in ("FedCoEError", "exception: Stopped:", "EventsWorker"))
+            or (record.name == "prefect.events.clients" and "Unable to connect" in said)
+        )
 
-    handlers = logging.getLogger().handlers
+    loggers = [logging.getLogger(name) for name in (None, "prefect", "prefect._internal")]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
     for handler in handlers:
         handler.addFilter(keep)
     try:

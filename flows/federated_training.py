@@ -113,6 +113,7 @@ def federated_training(
         tracking.finish("FINISHED")
         discard(run)
         tracking.tidy()
+        report_progress("end", headline=headline)
     return headline
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
@@ -40,16 +40,19 @@ def publish_summary(
     name = settings.method.name.replace("_", "-")  # Prefect's keys take no underscores
     rows = key_table(evaluation, cold_start)
     lines = "\n".join(f"| {row['figure']} | {row['accuracy %']} |" for row in rows)
-    create_markdown_artifact(
-        key=f"{name}-summary",
-        markdown=(
-            f"# {settings.method.name} on {run.data.dataset.info.name}\n\n"
-            f"{partition.seen} clients and {partition.new} new ones, "
-            f"{settings.train.rounds} rounds, seed {settings.train.seed}, "
-            f"partition `{partition.fingerprint}`.\n\n"
-            f"| figure | accuracy % |\n|---|---|\n{lines}\n\n"
-            f"MLflow run: `{mlflow_run or 'not tracked'}`\n"
-        ),
-        description="What was run and how well it did",
-    )
-    create_table_artifact(key=f"{name}-figures", table=rows)
+    try:
+        create_markdown_artifact(
+            key=f"{name}-summary",
+            markdown=(
+                f"# {settings.method.name} on {run.data.dataset.info.name}\n\n"
+                f"{partition.seen} clients and {partition.new} new ones, "
+                f"{settings.train.rounds} rounds, seed {settings.train.seed}, "
+                f"partition `{partition.fingerprint}`.\n\n"
+                f"| figure | accuracy % |\n|---|---|\n{lines}\n\n"
+                f"MLflow run: `{mlflow_run or 'not tracked'}`\n"
+            ),
+            description="What was run and how well it did",
+        )
+        create_table_artifact(key=f"{name}-figures", table=rows)
+    except Exception as error:  # what cannot be shown must not cost a training
+        get_run_logger().warning("Prefect has no summary of this run: %s", error)

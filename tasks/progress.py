@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from typing import Any
 
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Called with an event (`start`, `round`, `evaluation`) and its figures."""
+"""Called with an event (`start`, `round`, `end`) and its figures."""
 
 LISTENER: ContextVar[Listener] = ContextVar("listener", default=lambda event, figures: None)
 

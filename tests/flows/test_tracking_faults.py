@@ -91,7 +91,7 @@ def logged(store: str) -> dict[str, Any]:
         "figures": sorted(f.path for f in client.list_artifacts(run.info.run_id, "figures")),
         "versions": {
             model.name: [
-                (version.version, version.status, version.aliases)
+                (int(version.version), version.status, version.aliases)
                 for version in client.search_model_versions(f"name='{model.name}'")
             ]
             for model in models
