@@ -200,6 +200,52 @@ def test_without_prefects_server_training_is_refused_in_one_line(
     assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
 
 
+@pytest.mark.slow
+def test_a_prefect_server_killed_in_the_middle_costs_no_work(
+    new_project: Callable[..., Path], tmp_path: Path, contents: Callable[..., dict[str, bytes]]
+) -> None:
+    reference, root = (new_project(train={"rounds": 12}) for _ in range(2))
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    environment |= {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": url, "OMP_NUM_THREADS": "1"}
+    # Prefect's client tries for minutes, in which the server may come back; not here.
+    environment |= {"PREFECT_CLIENT_MAX_RETRIES": "0"}
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "train"]
+    serve = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
+    with (tmp_path / "server.log").open("w") as log:
+        prefect = subprocess.Popen(
+            serve, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        for _ in range(240):
+            with suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            assert prefect.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
+            time.sleep(0.25)
+        subprocess.run(command, cwd=reference, env=environment, check=True, timeout=120)
+        training = subprocess.Popen(
+            command, cwd=root, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        while training.poll() is None and not list(root.glob(".fedcoe/runs/*/round-000003*")):
+            time.sleep(0.01)
+        os.killpg(prefect.pid, signal.SIGKILL)
+        out, err = training.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(prefect.pid, signal.SIGKILL)
+        prefect.wait()
+    assert training.returncode == 0, err
+    assert "Traceback" not in err and "all results are written" in err
+    assert "global" in out
+    assert contents(root) == contents(reference)
+    logged_run = logged(f"sqlite:///{root}/.fedcoe/mlflow.db")
+    assert logged_run == logged(f"sqlite:///{reference}/.fedcoe/mlflow.db")
+    assert logged_run["status"] == "FINISHED"
+
+
 @pytest.fixture
 def store(tmp_path: Path, mlflow_database: Path) -> str:
     (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())
