@@ -12,21 +12,12 @@ training whose file has the same settings and data is not done again.
 """
 
 import argparse
-import json
-import statistics
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+
+from cells import ROOT, Grid
 
 from fedcoe.config import load_settings
-from fedcoe.data.dataset import load_dataset
-from fedcoe.state import write_atomic
 from flows.compare import Cell, row_settings
-from flows.federated_training import federated_training
-from flows.pipeline import partition_once
 
-ROOT = Path(__file__).parent.parent
-FOLDER = Path("results") / "attack"
 COMMON = (
     "data.name=fashion-mnist",
     "train.rounds=6",
@@ -48,6 +39,7 @@ MEASURES = {
     "personalized": ("evaluate", "personalized", "accuracy"),
     "worst tenth": ("evaluate", "personalized", "worst10"),
 }
+GRID = Grid("attack", MEASURES)
 
 
 def main() -> None:
@@ -64,7 +56,7 @@ def main() -> None:
                     continue  # FedAvg's clients send none
                 for defence in args.defences:
                     train(method, attack, defence, seed)
-                    write_atomic(ROOT / FOLDER / "table.md", table(cells()).encode())
+                    write_table()
 
 
 def train(method: str, attack: str, defence: str, seed: int) -> None:
@@ -75,52 +67,21 @@ def train(method: str, attack: str, defence: str, seed: int) -> None:
     settings = row_settings(settings, method, row)
     chosen = settings.method.model_copy(update={"robust": defence})
     settings = settings.model_copy(update={"method": chosen})
-    data_hash = load_dataset(ROOT / "data").info.hash
-    key = Cell(method, row, seed, settings, overrides, "").key(data_hash)
-    words = "-".join([method, *attack.replace(",", "").split(), defence, f"seed{seed}"])
-    file = FOLDER / "cells" / f"{words}.json"
-    if (ROOT / file).exists() and json.loads((ROOT / file).read_text())["key"] == key:
-        return
-    notes = {"method": method, "row": row, "seed": seed, "key": key}
-    notes |= {"attack": attack, "defence": defence, "command": "python benchmarks/attack.py"}
-    partitions, _ = partition_once(ROOT, overrides)
+    words = "-".join([method, *attack.replace(",", "").split(), defence])
+    cell = Cell(method, row, seed, settings, overrides, "")
     mapping = settings.method.model_dump(mode="json")
-    federated_training(str(ROOT), overrides, mapping, str(file), partitions, notes)
+    GRID.train(words, cell, mapping, attack=attack, defence=defence)
 
 
-def cells() -> list[dict[str, Any]]:
-    return [json.loads(p.read_text()) for p in sorted((ROOT / FOLDER / "cells").glob("*.json"))]
-
-
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one line a method, attack and defence; mean ± standard deviation over seeds, %."""
-    lines = ["| method | attack | defence | seeds | " + " | ".join(MEASURES) + " |"]
-    lines.append("|---" * (4 + len(MEASURES)) + "|")
-    for method in ROWS:
-        for attack in ATTACKS:
-            for defence in DEFENCES:
-                own = [c for c in found if place(c) == (method, attack, defence)]
-                if own:
-                    shown = [spread([value(c, path) for c in own]) for path in MEASURES.values()]
-                    words = [method, attack, defence, str(len(own)), *shown]
-                    lines.append(f"| {' | '.join(words)} |")
-    return "\n".join(lines) + "\n"
-
-
-def place(cell: dict[str, Any]) -> tuple[str, str, str]:
-    return cell["method"], cell["attack"], cell["defence"]
-
-
-def value(cell: dict[str, Any], path: Sequence[str]) -> float:
-    found: Any = cell
-    for name in path:
-        found = found[name]
-    return 100 * float(found)
-
-
-def spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+def write_table() -> None:
+    """One line a method, attack and defence."""
+    found = GRID.found()
+    places = [(m, attack, d) for m in ROWS for attack in ATTACKS for d in DEFENCES]
+    rows = [
+        (place, [c for c in found if (c["method"], c["attack"], c["defence"]) == place])
+        for place in places
+    ]
+    GRID.write_table(("method", "attack", "defence"), rows)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,12 @@ there with the same settings and data is not trained again.
 """
 
 import argparse
-import json
-import statistics
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+
+from cells import ROOT, Grid
 
 from fedcoe.config import load_settings
-from fedcoe.data.dataset import load_dataset
-from fedcoe.state import write_atomic
 from flows.compare import Cell
-from flows.federated_training import federated_training
-from flows.pipeline import partition_once
 
-ROOT = Path(__file__).parent.parent
-FOLDER = Path("results") / "privacy"
 COMMON = (
     "data.name=fashion-mnist",
     "partition.clients=1250",
@@ -57,6 +48,7 @@ MEASURES = {
     "cold start, none": ("cold_start", "none", "accuracy"),
     "cold start, labels": ("cold_start", "labels", "accuracy"),
 }
+GRID = Grid("privacy", MEASURES)
 
 
 def main() -> None:
@@ -69,7 +61,7 @@ def main() -> None:
         for epsilon in args.epsilons:
             for method in args.methods:
                 train(method, epsilon, seed)
-                write_atomic(ROOT / FOLDER / "table.md", table(cells()).encode())
+                write_table()
 
 
 def train(method: str, epsilon: str, seed: int) -> None:
@@ -79,26 +71,12 @@ def train(method: str, epsilon: str, seed: int) -> None:
     overrides = (*COMMON, *METHODS[method], *privacy)
     overrides = (*overrides, f"partition.seed={seed}", f"train.seed={seed}")
     settings = load_settings(ROOT / "params.yaml", overrides)
-    key = Cell(method, epsilon, seed, settings, overrides, "").key(
-        load_dataset(ROOT / "data").info.hash
-    )
-    file = FOLDER / "cells" / f"{method}-{epsilon}-seed{seed}.json"
-    if (ROOT / file).exists() and json.loads((ROOT / file).read_text())["key"] == key:
-        return
-    notes = {"method": method, "row": epsilon, "seed": seed, "key": key}
-    notes |= {"command": "python benchmarks/privacy.py"}
-    partitions, _ = partition_once(ROOT, overrides)
-    federated_training(str(ROOT), overrides, None, str(file), partitions, notes)
+    GRID.train(f"{method}-{epsilon}", Cell(method, epsilon, seed, settings, overrides, ""))
 
 
-def cells() -> list[dict[str, Any]]:
-    return [json.loads(p.read_text()) for p in sorted((ROOT / FOLDER / "cells").glob("*.json"))]
-
-
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one line a method and epsilon; mean ± standard deviation over seeds, %."""
-    lines = ["| method | epsilon | delta | seeds | " + " | ".join(MEASURES) + " |"]
-    lines.append("|---" * (4 + len(MEASURES)) + "|")
+def write_table() -> None:
+    """One line a method and epsilon."""
+    found, rows = GRID.found(), []
     for method in METHODS:
         for epsilon in EPSILONS:
             own = [c for c in found if (c["method"], c["row"]) == (method, epsilon)]
@@ -109,21 +87,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
                 epsilon, f"{spent:g}" if spent else ""
             )
             delta = f"{own[0]['train']['delta']:g}" if epsilon.isdigit() else ""
-            shown = [spread([value(cell, path) for cell in own]) for path in MEASURES.values()]
-            lines.append(f"| {' | '.join([method, name, delta, str(len(own)), *shown])} |")
-    return "\n".join(lines) + "\n"
-
-
-def value(cell: dict[str, Any], path: Sequence[str]) -> float:
-    found: Any = cell
-    for name in path:
-        found = found[name]
-    return 100 * float(found)
-
-
-def spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+            rows.append(((method, name, delta), own))
+    GRID.write_table(("method", "epsilon", "delta"), rows)
 
 
 if __name__ == "__main__":

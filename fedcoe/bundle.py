@@ -28,6 +28,7 @@ from fedcoe.cold_start import (
 )
 from fedcoe.config import validate_settings
 from fedcoe.data.untrusted import one_line, read_json
+from fedcoe.durable import sync, write_atomic
 from fedcoe.engine.trainer import Trainer
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.base import Federation, Method, Scores
@@ -43,8 +44,6 @@ from fedcoe.state import (
     load_model,
     save_arrays,
     save_model,
-    sync_folder,
-    write_atomic,
 )
 
 FORMAT = 1
@@ -77,7 +76,7 @@ def export_models(
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def _write_models(

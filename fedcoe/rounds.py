@@ -70,12 +70,12 @@ def finish_round(
     asked = sum(len(order.experts) for order in plan.orders)
     quorum = method.federation.settings.train.quorum
     if total.valid < quorum * asked:
-        reasons = f" ({_reasons(total.dropped)})" if total.dropped else ""
+        said = f" ({reasons(total.dropped)})" if total.dropped else ""
         lr = method.federation.settings.train.lr
         diverged = total.dropped["not finite"] + total.dropped["too large"]
         cause = f"; most often train.lr ({lr:g}) is too high" if diverged else ""
         raise FedCoEError(
-            f"round {plan.round}: only {total.valid} of {asked} updates are valid{reasons}, "
+            f"round {plan.round}: only {total.valid} of {asked} updates are valid{said}, "
             f"train.quorum asks for {quorum:g}{cause}"
         )
     after = method.aggregate(state, plan.orders, [total])
@@ -102,10 +102,11 @@ def left_out(plan: RoundPlan, record: RoundRecord) -> str | None:
     if not record.dropped:
         return None
     asked = sum(len(order.experts) for order in plan.orders)
-    return f"round {plan.round}: left out {_reasons(record.dropped)}; asked for {asked} updates"
+    return f"round {plan.round}: left out {reasons(record.dropped)}; asked for {asked} updates"
 
 
-def _reasons(dropped: Mapping[str, int]) -> str:
+def reasons(dropped: Mapping[str, int]) -> str:
+    """How many were left out for what, for people."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
 
 

@@ -5,7 +5,6 @@ Nothing that is loaded here can execute code.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,8 @@ from safetensors.numpy import load_file, save
 
 from fedcoe.data.dataset import hash_arrays
 from fedcoe.data.untrusted import one_line, open_regular
-from fedcoe.errors import FedCoEError, disk_fault
+from fedcoe.durable import write_atomic
+from fedcoe.errors import FedCoEError
 from fedcoe.models.flat import Layout, Vector, from_tensors, to_tensors
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -62,54 +62,6 @@ class ServerState:
 
 DAMAGED = "its bytes are not those that were written"
 _FIELDS = ("experts", "momentum", "correlation", "dispatched", "personal_round", "share")
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any instant leaves the old or the new one whole.
-
-    Raises:
-        FedCoEError: the disk refuses; the old file is as it was and nothing else is left.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-    except OSError as error:
-        raise disk_fault(error, path, len(content)) from None
-
-
-def sweep(folder: Path, name: str = "*") -> None:
-    """Delete what killed processes left of `write_atomic` in a folder.
-
-    Args:
-        name: of the file that was to be written.
-    """
-    for path in folder.glob(f".{name}.*.tmp"):
-        pid = path.name.rsplit(".", 2)[1]
-        try:
-            os.kill(int(pid), 0)
-        except (ProcessLookupError, ValueError):
-            path.unlink(missing_ok=True)
-        except PermissionError:
-            pass  # somebody else's, and alive
-
-
-def sync_folder(folder: Path) -> None:
-    """Make what was renamed into a folder outlast a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(text: str, arrays: Arrays) -> str:

@@ -18,10 +18,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from fedcoe.cold_start import NewClient, summary
+from fedcoe.durable import sweep
 from fedcoe.errors import FedCoEError, disk_fault
 from fedcoe.evaluate import Evaluation
 from fedcoe.rounds import RoundRecord
-from fedcoe.state import ServerState, load_state, save_state, sweep
+from fedcoe.state import ServerState, load_state, save_state
 from tasks.run import Run
 from tasks.tracking import flat
 

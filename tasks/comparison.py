@@ -17,8 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
+from fedcoe.durable import write_atomic
 from fedcoe.errors import FedCoEError
-from fedcoe.state import write_atomic
 from tasks import figures
 from tasks.results import write_csv
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.outbox import Outbox, Record, outboxes
+from tasks.outbox import Outbox, Place, Record, outboxes
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -128,7 +128,7 @@ def deliver(
             # The store was made anew since: then it gets everything.
             if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            sender.start_over()
+            sender.place = Place(store)
             sender.send()
         box.discard(store)
 
@@ -147,9 +147,6 @@ class _Sender:
         self.box, self.refuse, self.hurried = box, refuse, hurried
         self.client: MlflowClient = MlflowClient(store)
         self.place = box.place(store)
-
-    def start_over(self) -> None:
-        self.place = replace(self.place, run_id=None, offset=0)
 
     def send(self) -> None:
         if self.place.run_id is None:

@@ -7,6 +7,7 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from fedcoe.rounds import reasons
 from fedcoe.state import ServerState
 from tasks.retry import PASSING
 from tasks.run import Run
@@ -30,6 +31,5 @@ def gate_update(run: Run, rnd: int, state: ServerState, messages: Sequence[Any])
     """The server's half of the gate update. Says in the log which messages it left out."""
     dropped: Counter[str] = sum((message.dropped for message in messages), Counter())
     if dropped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        get_run_logger().warning("round %d: left out gate messages: %s", rnd, reasons)
+        get_run_logger().warning("round %d: left out gate messages: %s", rnd, reasons(dropped))
     return run.method.gate_update(state, messages)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedcoe.durable import sync
 from fedcoe.locks import Lock
 
 Record = dict[str, Any]
@@ -79,7 +80,7 @@ class Outbox:
                 os.fsync(file.fileno())
             if new:
                 for folder in (self.folder, self.folder.parent):
-                    _sync(folder)
+                    sync(folder)
             if self._keys is not None:
                 self._keys |= keys(record)
 
@@ -133,10 +134,10 @@ class Outbox:
         _remove(temporary)
         write(temporary)
         for path in [temporary, *temporary.rglob("*")]:
-            _sync(path)
+            sync(path)
         _remove(target)
         temporary.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
         return name
 
     @contextmanager
@@ -181,14 +182,6 @@ def outboxes(root: Path) -> list[Outbox]:
     folder = root / ".fedcoe" / "outbox"
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     return [Outbox(root, name) for name in names]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from fedcoe.durable import write_atomic
 from fedcoe.errors import FedCoEError
-from fedcoe.state import write_atomic
 
 HOST = "127.0.0.1"
 MARK = "FEDCOE_SERVICES_OF"

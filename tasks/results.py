@@ -25,8 +25,9 @@ from fedcoe.bundle import export_models
 from fedcoe.cold_start import NewClient, summary
 from fedcoe.cold_start import rows as new_client_rows
 from fedcoe.config import Settings
+from fedcoe.durable import sweep, write_atomic
 from fedcoe.evaluate import Evaluation
-from fedcoe.state import ServerState, sweep, write_atomic
+from fedcoe.state import ServerState
 from tasks import figures
 from tasks.checkpoint import History, spent
 from tasks.run import Run

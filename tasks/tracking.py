@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,8 +28,8 @@ from ruamel.yaml.error import YAMLError
 
 from fedcoe import __version__
 from fedcoe.bundle import layout_of
+from fedcoe.durable import write_atomic
 from fedcoe.evaluate import Evaluation
-from fedcoe.state import write_atomic
 from tasks.delivery import (
     EXPERIMENT,
     RUN_ID,
@@ -133,23 +133,16 @@ class Tracking:
 
     def log_figures(self, figures: Mapping[str, Figure]) -> None:
         """Keep figures with the run, as PNG."""
-        if self.box is None:
-            return
 
         def draw(folder: Path) -> None:
             folder.mkdir()
             for name, figure in figures.items():
                 figure.savefig(folder / f"{name}.png")
 
-        with self._passing("figures"):
-            self.box.keep("figures", draw)
-            self.box.put({"kind": "files", "name": "figures", "to": "figures"})
-            self.send()
+        self._log_files("figures", draw, to="figures")
 
     def log_folder(self, folder: Path) -> None:
         """Keep the files of a folder, but not of folders in it, with the run."""
-        if self.box is None:
-            return
 
         def copy(target: Path) -> None:
             target.mkdir()
@@ -157,9 +150,14 @@ class Tracking:
                 if path.is_file():
                     shutil.copyfile(path, target / path.name)
 
-        with self._passing("files"):
-            self.box.keep("folder", copy)
-            self.box.put({"kind": "files", "name": "folder", "to": ""})
+        self._log_files("files", copy, to="")
+
+    def _log_files(self, name: str, write: Callable[[Path], None], to: str) -> None:
+        if self.box is None:
+            return
+        with self._passing(name):
+            self.box.keep(name, write)
+            self.box.put({"kind": "files", "name": name, "to": to})
             self.send()
 
     def finish(self, status: str) -> None:

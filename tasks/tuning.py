@@ -14,10 +14,10 @@ from prefect.cache_policies import NO_CACHE
 from ruamel.yaml import YAML
 
 from fedcoe.config import TuneSettings
+from fedcoe.durable import write_atomic
 from fedcoe.errors import FedCoEError
 from fedcoe.locks import Lock
 from fedcoe.search_space import overlay, with_values
-from fedcoe.state import write_atomic
 from tasks.progress import report_progress
 from tasks.results import write_csv
 from tasks.study import Plan, Study

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fedcoe import state as module
+from fedcoe import durable as module
+from fedcoe.durable import sweep, write_atomic
 from fedcoe.errors import FedCoEError
 from fedcoe.models.flat import FlatModel
 from fedcoe.state import (
@@ -17,8 +18,6 @@ from fedcoe.state import (
     load_state,
     save_model,
     save_state,
-    sweep,
-    write_atomic,
 )
 
 

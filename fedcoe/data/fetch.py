@@ -1,7 +1,6 @@
 """Build the dataset folder: whole or not at all, and the same bytes wherever it is built."""
 
 import filecmp
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from fedcoe.data.dataset import FILES, DatasetInfo, RawDataset, write_dataset
 from fedcoe.data.sources import sources
 from fedcoe.data.sources.arrays import from_arrays
 from fedcoe.data.sources.folder import from_folder
+from fedcoe.durable import sync
 from fedcoe.errors import FedCoEError
 from fedcoe.locks import Lock
 
@@ -127,7 +127,7 @@ def _same(new: Path, old: Path) -> bool:
 
 
 def _swap(stage: Path, target: Path) -> None:
-    _fsync(stage / "new")
+    sync(stage / "new")
     if target.exists():
         target.rename(stage / "old")
     try:
@@ -136,12 +136,4 @@ def _swap(stage: Path, target: Path) -> None:
         if (stage / "old").exists():
             (stage / "old").rename(target)
         raise
-    _fsync(target.parent)
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)

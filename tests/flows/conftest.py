@@ -176,7 +176,19 @@ def fedcoe_command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def model_server() -> Callable[..., AbstractContextManager[str]]:
+def free_port() -> Callable[[], int]:
+    """`free_port()`: of the loopback interface, nobody's at that moment."""
+
+    def find() -> int:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return int(free.getsockname()[1])
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def model_server(free_port: Callable[[], int]) -> Callable[..., AbstractContextManager[str]]:
     """`model_server(store, alias, log)`: the address of a real `mlflow models serve`.
 
     Its whole process group ends with the context.
@@ -184,9 +196,7 @@ def model_server() -> Callable[..., AbstractContextManager[str]]:
 
     @contextmanager
     def serve(store: str, alias: str, log: Path) -> Iterator[str]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [
             *(sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/fedcoe@{alias}"),
             *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),

@@ -156,7 +156,7 @@ def test_a_limit_on_the_size_of_files_is_said_in_one_line_and_leaves_the_old_fil
     code = """
 import resource, sys
 from pathlib import Path
-from fedcoe.state import write_atomic
+from fedcoe.durable import write_atomic
 write_atomic(Path("file"), b"old")
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:

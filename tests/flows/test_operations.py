@@ -24,12 +24,6 @@ REPOSITORY = Path(__file__).parents[2]
 SERVERS = {"PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"}
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 @pytest.fixture
 def site(new_project: Callable[..., Path]) -> Iterator[Path]:
     """A tiny project with the repository's deployments; whatever happens, nothing stays behind."""
@@ -71,7 +65,7 @@ def until(found: Callable[[], Any], seconds: float) -> Any:
 
 @pytest.mark.slow
 def test_from_nothing_to_runs_on_the_pool_releases_and_a_served_client_and_back_to_nothing(
-    site: Path, model_server: Callable[..., Any], tmp_path: Path
+    site: Path, model_server: Callable[..., Any], tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     from mlflow import MlflowClient
     from prefect.client.orchestration import get_client
@@ -266,7 +260,7 @@ def test_down_ends_what_ignores_signals_and_what_outlived_its_parent(
 
 
 def test_a_server_of_the_team_is_not_started_and_must_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_port: Callable[[], int]
 ) -> None:
     from tasks.services import up
 

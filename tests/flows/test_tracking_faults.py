@@ -22,17 +22,11 @@ from tasks.outbox import Outbox
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 class Server:
     """A real `mlflow server` that can be killed and started again over the same store."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -63,9 +57,9 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path, mlflow_database: Path) -> Iterator[Server]:
+def server(tmp_path: Path, mlflow_database: Path, free_port: Callable[[], int]) -> Iterator[Server]:
     (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())
-    server = Server(tmp_path)
+    server = Server(tmp_path, free_port())
     yield server
     server.kill()
 
@@ -191,7 +185,7 @@ def test_a_server_that_takes_requests_and_never_answers_does_not_hold_up_trainin
 
 @pytest.mark.slow
 def test_without_prefects_server_training_is_refused_in_one_line(
-    new_project: Callable[..., Path], fedcoe_command: Command
+    new_project: Callable[..., Path], fedcoe_command: Command, free_port: Callable[[], int]
 ) -> None:
     url = f"http://127.0.0.1:{free_port()}/api"
     refused = fedcoe_command(new_project(), "train", PREFECT_API_URL=url)
@@ -202,7 +196,10 @@ def test_without_prefects_server_training_is_refused_in_one_line(
 
 @pytest.mark.slow
 def test_a_prefect_server_killed_in_the_middle_costs_no_work(
-    new_project: Callable[..., Path], tmp_path: Path, contents: Callable[..., dict[str, bytes]]
+    new_project: Callable[..., Path],
+    tmp_path: Path,
+    contents: Callable[..., dict[str, bytes]],
+    free_port: Callable[[], int],
 ) -> None:
     reference, root = (new_project(train={"rounds": 12}) for _ in range(2))
     port = free_port()
