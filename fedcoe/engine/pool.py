@@ -86,10 +86,19 @@ class Site:
 _side: ClientSide | None = None
 
 
+_GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
 def _start(site: Site, started: Any) -> None:
     global _side
-    # Ctrl-C is the parent's to answer; workers end with it, also when it is killed.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals to the whole group (Ctrl-C, a machine that is shut down) are the parent's to answer;
+    # workers end with it, also when it is killed. SIGTERM stays for the pool, which ends with it
+    # what is left of a broken one.
+    for number in _GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # one that came while it started is gone, too
+    os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with started.get_lock():
         worker, started.value = started.value, started.value + 1
@@ -174,8 +183,8 @@ class Engine:
         )
 
     def _submit(self, pool: ProcessPoolExecutor, *call: Any) -> Future[Any]:
-        # A worker that starts now does so deaf to Ctrl-C, which would end it before `_start`.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # A worker that starts now does so deaf to what would end it before `_start`.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
         try:
             return pool.submit(*call)
         finally:

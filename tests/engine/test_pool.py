@@ -39,6 +39,10 @@ def whoami(side):
     return os.getpid()
 
 
+def group(side):
+    return os.getpid(), os.getpgrp(), signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def die(side):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -113,6 +117,11 @@ def test_a_worker_that_dies_once_is_replaced_and_one_that_dies_twice_is_an_error
     ):
         engine.run(die)
     assert engine.map(add, 1, over=[1, 2, 3]) == [2, 3, 4]
+
+
+def test_workers_hear_no_signal_to_the_group_and_still_end_by_one_of_their_own(make_engine):
+    pid, own, ends = make_engine(workers=2).run(group)
+    assert own == pid != os.getpgrp() and ends
 
 
 @pytest.mark.slow
