@@ -31,6 +31,8 @@ from fedcoe.models.experts import EXPERTS
 MAX_YAML = 100_000
 """Longest parameter file, in characters."""
 MAX_ALIASES = 20
+MAX_SAID = 4
+"""Mistakes that are named; the rest are counted."""
 MAX_NORM = 2.0**12
 """An update at least this long is always left out: exact sums hold no more."""
 FAULTS = ("dropout", "timeout", "nan", "inf", "wrong_shape", "exploding", "stale", "duplicate")
@@ -350,7 +352,10 @@ def validate_settings(values: Mapping[str, Any], source: str) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise FedCoEError("; ".join(_describe(source, item) for item in error.errors())) from None
+        found = error.errors()
+        said = [_describe(source, item) for item in found[:MAX_SAID]]
+        more = [f"and {len(found) - MAX_SAID} more"] if len(found) > MAX_SAID else []
+        raise FedCoEError("; ".join(said + more)) from None
 
 
 def _describe(source: str, item: Any) -> str:

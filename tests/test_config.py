@@ -233,3 +233,10 @@ def test_what_is_trained_is_named_without_the_search(params):
     assert two.tune.trials == 3
     assert one.fingerprint() == two.fingerprint()
     assert one.model_dump() == two.model_dump()
+
+
+def test_of_many_mistakes_the_first_are_named_and_the_rest_counted() -> None:
+    with pytest.raises(FedCoEError) as refused:
+        validate_settings({f"section{i}": 1 for i in range(9)}, "params.yaml")
+    said = str(refused.value)
+    assert said.count("unknown key") == 4 and said.endswith("; and 5 more")

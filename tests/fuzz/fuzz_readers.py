@@ -28,6 +28,8 @@ from types import FrameType
 from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).parent))
+# A forked child waits for ever for OpenMP's threads, which its parent alone has.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from readers import READERS, Reader
 
