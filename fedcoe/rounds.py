@@ -54,7 +54,7 @@ def plan_round(method: Method, state: ServerState, engine: Engine) -> RoundPlan:
     counts = method.federation.train_counts
     sizes = [int(counts[o.client]) * len(o.experts) for o in orders]
     by_client = {o.client: o for o in orders}
-    shards = [[by_client[k] for k in shard] for shard in engine.shards(cohort, sizes)]
+    shards = [[by_client[k] for k in shard] for shard in engine.shards(list(by_client), sizes)]
     return RoundPlan(state.round + 1, orders, shards)
 
 

@@ -88,6 +88,13 @@ class FedCoESettings(MethodSettings):
     load_balance: float = Field(0.1, ge=0.0, le=100.0, description="Neural gate's balance term")
     coordination_head: bool = True
     personal_expert: bool = True
+    branch_after: int = Field(
+        0,
+        ge=0,
+        description="Experts are one model that everybody trains until after this round; then "
+        "they part",
+        exclude_if=lambda value: value == 0,
+    )
     personal_pull: float = Field(
         0.0, ge=0.0, le=100.0, description="Proximal pull to the client's mixture of experts"
     )
@@ -140,6 +147,8 @@ class FedCoE(Method):
         found = super().inert()
         if self.experts == 1:
             found.append("experts = 1: the gate, the correlation and dispatch decide nothing")
+        elif self.settings.branch_after >= self.federation.settings.train.rounds:
+            found.append("branch_after: no round is left after it, so the experts never part")
         if self.settings.gate == "neural" and self.federation.settings.faults.attack_statistics:
             found.append("faults.attack_statistics: gate = neural sends none")
         return found
@@ -152,6 +161,8 @@ class FedCoE(Method):
             reasons.append("method.similarity = updates sends sketches; use labels or none")
         if s.dispatch == "label_clusters":
             reasons.append("method.dispatch = label_clusters reads label counts")
+        if s.branch_after and s.experts_per_client > 1:
+            reasons.append("method.branch_after counts rounds only with experts_per_client: 1")
         return reasons
 
     def messages(self, round_: int) -> Messages:
@@ -190,6 +201,9 @@ class FedCoE(Method):
         return correlation.normalise(c, s.correlation_floor)
 
     def dispatch(self, state: ServerState, cohort: Sequence[int]) -> list[Order]:
+        same = replace(state, correlation=np.full_like(state.correlation, 1 / self.experts))
+        if self._together(state.round + 1):
+            return self.orders(same, cohort, np.zeros((len(cohort), 1), np.int64))
         rng = stream(self._seed, "dispatch", state.round + 1)
         c, each = state.correlation[list(cohort)], self.settings.experts_per_client
         if self.settings.dispatch == "label_clusters":
@@ -201,14 +215,19 @@ class FedCoE(Method):
             chosen = correlation.dispatch(c, each, rng)
         else:
             chosen = np.sort(np.argsort(-c, axis=1, kind="stable")[:, :each], axis=1)
-        if self.settings.aggregation == "uniform":
-            state = replace(state, correlation=np.full_like(state.correlation, 1 / self.experts))
-        return self.orders(state, cohort, chosen)
+        weighted = state if self.settings.aggregation == "correlation" else same
+        return self.orders(weighted, cohort, chosen)
 
     def aggregate(
         self, state: ServerState, orders: Sequence[Order], results: Sequence[LocalResult]
     ) -> ServerState:
         after = super().aggregate(state, orders, results)
+        if self._together(after.round):
+            after = replace(
+                after,
+                experts=np.tile(after.experts[:1], (self.experts, 1)),
+                momentum=np.tile(after.momentum[:1], (self.experts, 1)),
+            )
         sketches = {k: v for result in results for k, v in result.sketches.items()}
         if sketches:
             clients = sorted(sketches)
@@ -216,6 +235,11 @@ class FedCoE(Method):
             c[clients] = self._similar(np.stack([sketches[k] for k in clients]))
             after = replace(after, correlation=c)
         return after
+
+    def _together(self, round_: int) -> bool:
+        """Whether the experts are still one model in this round."""
+        branch = self.settings.branch_after
+        return branch > 0 and round_ <= branch
 
     def gate_update(self, state: ServerState, messages: Sequence[FedCoEMessage]) -> ServerState:
         s = self.settings
@@ -240,6 +264,9 @@ class FedCoE(Method):
             state = state.with_extra(gate=mean.astype(np.float32))
         clients = sorted(total.losses)
         losses = np.stack([total.losses[k] for k in clients])
+        if self._together(state.round):
+            # All losses are equal and would only wash out what similarity says.
+            return replace(state, diagnostics={"gate_messages_dropped": dropped})
         diagnostics = {"gate_messages_dropped": dropped}
         if self.privacy is not None:
             if not self._losses_sent(state.round):

@@ -453,3 +453,42 @@ def test_a_round_is_planned_from_what_travels_to_workers(make_method, engine):
     state = method.init()
     assert plan_round(method, state, engine) == plan_round(method, state.for_clients(), engine)
     assert state.for_clients().momentum.size == 0
+
+
+def test_until_they_branch_the_experts_are_one_model_and_that_of_a_pool_of_one(
+    make_method, make_engine, train
+):
+    pool = make_method(experts=2, branch_after=2, personal_expert=False, train={"rounds": 4})
+    one = make_method(experts=1, personal_expert=False, train={"rounds": 4})
+    engine = make_engine()
+    together, alone = train(engine, pool, 2), train(engine, one, 2)
+    assert together.experts[0].tobytes() == together.experts[1].tobytes()
+    assert together.momentum[0].tobytes() == together.momentum[1].tobytes()
+    assert together.experts[0].tobytes() == alone.experts[0].tobytes()
+    parted = train(engine, pool, 1, together)
+    assert not np.array_equal(parted.experts[0], parted.experts[1])
+    np.testing.assert_array_equal(
+        np.diff([together.dispatched.sum(axis=0), parted.dispatched.sum(axis=0)], axis=0), [[3, 3]]
+    )
+
+
+def test_before_they_branch_losses_do_not_wash_out_similarity(make_method, engine, train):
+    pool = make_method(experts=2, branch_after=1, train={"rounds": 3})
+    state = train(engine, pool, 1)
+    updated = update_gate(engine, pool, state, ALL)
+    np.testing.assert_array_equal(updated.correlation, state.correlation)
+    assert "gate" in updated.extra
+    later = train(engine, pool, 1, updated)
+    assert not np.array_equal(update_gate(engine, pool, later, ALL).correlation, state.correlation)
+
+
+def test_a_branch_that_never_comes_is_said(make_method):
+    said = make_method(experts=2, branch_after=3, train={"rounds": 3}).inert()
+    assert any("never part" in sentence for sentence in said)
+    assert not make_method(experts=2, branch_after=2, train={"rounds": 3}).inert()
+
+
+def test_a_branch_with_several_experts_a_client_is_not_accounted_for(make_method):
+    method = make_method(experts=4, experts_per_client=2, branch_after=2)
+    assert any("branch_after" in reason for reason in method.unaccounted())
+    assert not make_method(experts=4, branch_after=2).unaccounted()

@@ -1,0 +1,66 @@
+"""Centralized: one model on the seen clients' training data in one place. Not federated.
+
+The limit of what federation can reach: as many images as FedAvg sees, with no clients to drift.
+
+    each round:
+        train    w on the pooled data of the cohort, for as many epochs as a client trains
+
+Communicated: the clients' data, once, which is what federated learning is there to avoid; counted
+as nothing. Balanced softmax takes the label prior of the pool. Client momentum starts anew each
+round, as it does everywhere. A new client is served by the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcoe import prediction
+from fedcoe.engine.clients import TRAIN, ClientData
+from fedcoe.engine.pool import ClientSide
+from fedcoe.methods.base import LocalResult, Method, Order
+from fedcoe.methods.settings import MethodSettings
+from fedcoe.state import ServerState
+
+
+class CentralizedSettings(MethodSettings):
+    name: Literal["centralized"] = "centralized"
+
+
+@dataclass(frozen=True)
+class Pooled(ClientData):
+    """Clients' data with the training splits of several clients as one."""
+
+    members: tuple[int, ...] = ()
+
+    def train(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """[n, H, W, C] images and [n] labels of all members, whoever is asked for."""
+        images = np.concatenate([self.images(k, TRAIN) for k in self.members])
+        return images, np.concatenate([self.labels(k, TRAIN) for k in self.members])
+
+
+class Centralized(Method):
+    """FedAvg with one client that has everybody's data; the first of the cohort stands for it."""
+
+    Settings = CentralizedSettings
+
+    def dispatch(self, state: ServerState, cohort: Sequence[int]) -> list[Order]:
+        return self.orders(state, cohort[:1], np.zeros((1, 1), np.int64))
+
+    def local_train(
+        self, side: ClientSide, state: ServerState, orders: Sequence[Order]
+    ) -> LocalResult:
+        data = side.data
+        pooled = Pooled(data.dataset, data.partition, members=tuple(self.cohort(state)))
+        return super().local_train(replace(side, data=pooled), state, orders)
+
+    def logit_shift(self, client: int) -> NDArray[np.float32] | None:
+        if not self.settings.balanced_softmax:
+            return None
+        pool = prediction.prior_from_counts(self.federation.label_counts.sum(axis=0))
+        return np.log(pool).astype(np.float32)
+
+    def round_bytes(self, state: ServerState, orders: Sequence[Order]) -> tuple[int, int]:
+        return 0, 0
