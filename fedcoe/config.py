@@ -347,6 +347,32 @@ def load_settings(path: str | Path = "params.yaml", overrides: Sequence[str] = (
     return validate_settings(values, str(path))
 
 
+def load_profile(path: str | Path, name: str) -> list[str]:
+    """Settings that a profile stands for, as overrides of `load_settings`.
+
+    Args:
+        path: YAML file of profile names, each a mapping of section.key to value.
+        name: of the profile.
+
+    Raises:
+        FedCoEError: no such file or profile, or not of this form.
+    """
+    path = Path(path)
+    try:
+        profiles = _load_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FedCoEError(f"{path}: no such file; the repository has one to copy") from None
+    except Exception as error:
+        raise FedCoEError(f"{path}: not readable as YAML: {one_line(error)}") from None
+    if not isinstance(profiles, dict) or not all(isinstance(v, dict) for v in profiles.values()):
+        raise FedCoEError(f"{path}: must map profile names to section.key: value")
+    if name not in profiles:
+        raise FedCoEError(
+            f"{path}: no profile {name!r}; there are: {', '.join(map(str, profiles))}"
+        )
+    return [f"{key}={json.dumps(value)}" for key, value in profiles[name].items()]
+
+
 def validate_settings(values: Mapping[str, Any], source: str) -> Settings:
     """Check a mapping of sections; `source` names it in errors."""
     try:

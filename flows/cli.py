@@ -44,6 +44,12 @@ Overrides = Annotated[
     typer.Option("--set", "-S", help="A setting that wins over params.yaml, as section.key=value."),
 ]
 NO_OVERRIDES: list[str] = []
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        "--profile", "-P", help="Settings of profiles.yaml that win over params.yaml; -S wins."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -142,10 +148,12 @@ def _dvc_add(root: Path) -> None:
 
 
 @app.command(
-    epilog="Examples:  fedcoe train   |   fedcoe train -S method.experts=2 -S train.rounds=50"
+    epilog="Examples:  fedcoe train   |   fedcoe train -S method.experts=2 -S train.rounds=50   "
+    "|   fedcoe train --profile fashion-dir01"
 )
 def train(
     root: Root = Path("."),
+    profile: Profile = None,
     overrides: Overrides = NO_OVERRIDES,
     resume: Annotated[
         bool, typer.Option("--resume", help="Refuse to start anew; say what differs.")
@@ -153,12 +161,22 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train once, without DVC: partition, rounds, models, figures. Goes on where it was stopped."""
+    overrides = _settings(root, profile, overrides)
     with _training(root):
         from flows.pipeline import partition_data
 
         _warn(partition_data(root, overrides))
         figures = _train(root=str(root), overrides=overrides, resume=resume)
     _show(figures, as_json)
+
+
+def _settings(root: Path, profile: str | None, overrides: list[str]) -> list[str]:
+    """The overrides of a profile, if there is one, and after them those of the command."""
+    if profile is None:
+        return overrides
+    from fedcoe.config import load_profile
+
+    return [*load_profile(root / "profiles.yaml", profile), *overrides]
 
 
 def _train(**parameters: Any) -> dict[str, float]:
@@ -223,10 +241,11 @@ Seeds = Annotated[str, typer.Option(help="Seeds of partition and training, by co
 
 @app.command(
     epilog="Examples:  fedcoe compare   |   fedcoe compare --methods fedcoe,fedavg --seeds 0,1,2   "
-    "|   fedcoe compare --render mnist5k"
+    "|   fedcoe compare --profile cifar10-dir01   |   fedcoe compare --render mnist5k"
 )
 def compare(
     root: Root = Path("."),
+    profile: Profile = None,
     overrides: Overrides = NO_OVERRIDES,
     methods: Annotated[str | None, typer.Option(help="Methods, by comma; default: all.")] = None,
     seeds: Seeds = "0,1,2",
@@ -234,7 +253,8 @@ def compare(
         str, typer.Option(help="plain (with it: reweighting) and all switches on, by comma.")
     ] = "plain,all",
     name: Annotated[
-        str | None, typer.Option(help="Folder under results/; default: the dataset's name.")
+        str | None,
+        typer.Option(help="Folder under results/; default: the profile's or dataset's name."),
     ] = None,
     cell_only: Annotated[
         bool, typer.Option("--cell-only", help="Train, and leave tables to --render.")
@@ -251,9 +271,16 @@ def compare(
         table = draw(root, render)
     else:
         chosen = _listed(methods) if methods else None
+        overrides = _settings(root, profile, overrides)
         with _progress():
             table = compare_methods(
-                str(root), overrides, chosen, _numbers(seeds), name, _listed(rows), cell_only
+                str(root),
+                overrides,
+                chosen,
+                _numbers(seeds),
+                name or profile,
+                _listed(rows),
+                cell_only,
             )
     if table:
         out.print(table, markup=False, highlight=False, soft_wrap=True)
@@ -268,6 +295,7 @@ def ablate(
         str | None, typer.Argument(metavar="SET", help="A set of ablations.yaml, or `all`.")
     ] = None,
     root: Root = Path("."),
+    profile: Profile = None,
     overrides: Overrides = NO_OVERRIDES,
     seeds: Seeds = "0,1,2",
     show: Annotated[bool, typer.Option("--list", help="Show the sets and train nothing.")] = False,
@@ -286,6 +314,7 @@ def ablate(
                     table.add_row(name, label, said)
         out.print(table)
         return
+    overrides = _settings(root, profile, overrides)
     with _progress():
         text = run(ablation, str(root), overrides, _numbers(seeds))
     out.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -307,6 +336,7 @@ def _numbers(text: str) -> list[int]:
 )
 def tune(
     root: Root = Path("."),
+    profile: Profile = None,
     overrides: Overrides = NO_OVERRIDES,
     method: Annotated[
         str | None, typer.Option(help="Search for this method; default: that of params.yaml.")
@@ -318,6 +348,7 @@ def tune(
     from flows.tune import plan_search
     from flows.tune import tune as search
 
+    overrides = _settings(root, profile, overrides)
     _, notes = plan_search(root, overrides, method)
     _warn(notes)
     with _progress():

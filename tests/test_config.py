@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fedcoe.config import Settings, load_settings, validate_settings
+from fedcoe.config import Settings, load_profile, load_settings, validate_settings
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import method_class, method_names, settings_for
 from fedcoe.models import EXPERTS
@@ -240,3 +240,42 @@ def test_of_many_mistakes_the_first_are_named_and_the_rest_counted() -> None:
         validate_settings({f"section{i}": 1 for i in range(9)}, "params.yaml")
     said = str(refused.value)
     assert said.count("unknown key") == 4 and said.endswith("; and 5 more")
+
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_a_profile_s_settings_win_over_the_file_and_those_of_the_command_over_both(tmp_path):
+    (tmp_path / "profiles.yaml").write_text("long:\n  train.rounds: 90\n  train.augment: crop\n")
+    profile = load_profile(tmp_path / "profiles.yaml", "long")
+    settings = load_settings(REPOSITORY / "params.yaml", [*profile, "train.augment=none"])
+    assert (settings.train.rounds, settings.train.augment) == (90, "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("other: {train.lr: 1}", "no profile 'long'; there are: other"),
+        ("long: [1]", "must map profile names"),
+        ("- long", "must map profile names"),
+        ("", "must map profile names"),
+        ("long: {", "not readable as YAML"),
+        (None, "no such file"),
+    ],
+)
+def test_a_profile_that_is_missing_or_malformed_is_named(tmp_path, text, words):
+    path = tmp_path / "profiles.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(FedCoEError, match=r"profiles\.yaml") as error:
+        load_profile(path, "long")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10-dir01", "cifar10-dir05", "cifar10-rot4", "fashion-dir01"]
+)
+def test_the_repository_s_profiles_are_possible_and_have_20_clients_and_5_new_ones(name):
+    profile = load_profile(REPOSITORY / "profiles.yaml", name)
+    partition = load_settings(REPOSITORY / "params.yaml", profile).partition
+    assert (partition.seen_clients, partition.held_out) == (20, 5)

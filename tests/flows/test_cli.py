@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -219,3 +220,21 @@ def test_own_images_by_client_train_end_to_end(
     assert clients.startswith("round,")
     manifest = json.loads((tmp_path / "partitions/manifest.json").read_text())
     assert {c["name"] for c in manifest["clients"]} == {"ada", "ben", "cleo", "dan"}
+
+
+def test_a_profile_names_the_folder_of_its_comparison_and_gives_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flows.compare
+
+    seen: list[Any] = []
+    monkeypatch.setattr(flows.compare, "compare_methods", lambda *given: seen.append(given) or "")
+    shutil.copy(Path(__file__).parents[2] / "profiles.yaml", tmp_path)
+    args = ("compare", "--profile", "cifar10-dir05", "-S", "train.rounds=2", "--root")
+    assert invoke(*args, str(tmp_path)).exit_code == 0
+    [(_, overrides, _, _, name, *_)] = seen
+    assert name == "cifar10-dir05"
+    assert overrides.index("train.rounds=60") < overrides.index("train.rounds=2")
+    assert "partition.alpha=0.5" in overrides
+    result = invoke("train", "--profile", "nosuch", "--root", str(tmp_path))
+    assert "no profile 'nosuch'" in str(result.exception)
