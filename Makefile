@@ -1,11 +1,12 @@
 .DEFAULT_GOAL := help
-.PHONY: help install run up down test test-fast lint bench clean
+.PHONY: help install run up down test test-fast lint bench results clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Commands that DVC starts find `fedcoe` on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 STAMP := .venv/.installed
+COMPARISONS = $(filter-out attack privacy,$(patsubst results/%/cells,%,$(wildcard results/*/cells)))
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -46,6 +47,12 @@ bench: install  ## Measure speed and memory (docs/performance.md); not a test
 	python benchmarks/scaling.py
 	python benchmarks/overhead.py
 	test ! -d models || python benchmarks/serving.py
+
+results: install  ## Draw all tables and figures of results/ again from their cells
+	for name in $(COMPARISONS); do fedcoe compare --render $$name > /dev/null || exit 1; done
+	python benchmarks/attack.py --seeds
+	python benchmarks/privacy.py --seeds
+	python benchmarks/headline.py
 
 clean:  ## Remove what runs produce; the data stays
 	test ! -f .fedcoe/services.json || fedcoe down

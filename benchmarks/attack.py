@@ -44,7 +44,9 @@ GRID = Grid("attack", MEASURES)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: draw the table only"
+    )
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
     parser.add_argument("--defences", nargs="+", default=list(DEFENCES), choices=list(DEFENCES))
@@ -57,6 +59,7 @@ def main() -> None:
                 for defence in args.defences:
                     train(method, attack, defence, seed)
                     write_table()
+    write_table()
 
 
 def train(method: str, attack: str, defence: str, seed: int) -> None:

@@ -53,7 +53,9 @@ GRID = Grid("privacy", MEASURES)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0], help="none: draw the table only"
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--epsilons", nargs="+", default=list(EPSILONS), choices=list(EPSILONS))
     args = parser.parse_args()
@@ -62,6 +64,7 @@ def main() -> None:
             for method in args.methods:
                 train(method, epsilon, seed)
                 write_table()
+    write_table()
 
 
 def train(method: str, epsilon: str, seed: int) -> None:
