@@ -585,7 +585,7 @@ class Method:
     def personalize(
         self, side: ClientSide, state: ServerState, clients: Sequence[int]
     ) -> tuple[list[int], int]:
-        """Fine-tune the first expert on each client; what comes out is its personal model.
+        """Fine-tune an expert on each client; what comes out is its personal model.
 
         Only called when `finetune_epochs` is not 0. Like few-shot, at the peak learning rate.
 
@@ -594,7 +594,7 @@ class Method:
         """
         work = replace(self.work(1), round=state.round)
         phases = (Phase(self.finetune_epochs),)
-        fits = (Fit(k, -1, self.finetune_start(state), phases=phases) for k in clients)
+        fits = (Fit(k, -1, self.finetune_start(state, k), phases=phases) for k in clients)
         kept, images = [], 0
         for fit, trained in side.trainer.fit(fits, work, side.data):
             images += trained.images
@@ -603,8 +603,8 @@ class Method:
                 kept.append(fit.client)
         return kept, images
 
-    def finetune_start(self, state: ServerState) -> Vector:
-        """[P] what fine-tuning starts from."""
+    def finetune_start(self, state: ServerState, client: int) -> Vector:
+        """[P] what fine-tuning on a client starts from."""
         return np.asarray(state.experts[0])
 
     def gate_message(self, side: ClientSide, state: ServerState, clients: Sequence[int]) -> Any:

@@ -95,6 +95,15 @@ class FedCoESettings(MethodSettings):
         "they part",
         exclude_if=lambda value: value == 0,
     )
+    personal_epochs: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Personal experts are fine-tuned for this many epochs from the client's most "
+        "correlated expert, before an evaluation; 0 = they go on from their own last weights in "
+        "every round",
+        exclude_if=lambda value: value == 0,
+    )
     personal_pull: float = Field(
         0.0, ge=0.0, le=100.0, description="Proximal pull to the client's mixture of experts"
     )
@@ -151,6 +160,8 @@ class FedCoE(Method):
             found.append("branch_after: no round is left after it, so the experts never part")
         if self.settings.gate == "neural" and self.federation.settings.faults.attack_statistics:
             found.append("faults.attack_statistics: gate = neural sends none")
+        if self.settings.personal_pull and self.settings.personal_epochs:
+            found.append("personal_pull: personal_epochs fine-tunes without a pull")
         return found
 
     def unaccounted(self) -> list[str]:
@@ -293,7 +304,7 @@ class FedCoE(Method):
         if s.responsibility == "posterior" and len(order.experts) > 1:
             r = self._responsibilities(side, state, order)
             fits = [replace(fit, sample_weights=r[:, i]) for i, fit in enumerate(fits)]
-        if s.personal_expert:
+        if s.personal_expert and not s.personal_epochs:
             c = state.correlation[client]
             last = int(state.personal_round[client])
             start: Vector = (
@@ -302,6 +313,13 @@ class FedCoE(Method):
             anchor = (c @ state.experts).astype(np.float32) if s.personal_pull else None
             fits.append(Fit(client, -1, start, anchor=anchor, pull=s.personal_pull))
         return fits
+
+    @property
+    def finetune_epochs(self) -> int:
+        return self.settings.personal_epochs if self.settings.personal_expert else 0
+
+    def finetune_start(self, state: ServerState, client: int) -> Vector:
+        return np.asarray(state.experts[int(state.correlation[client].argmax())])
 
     def _responsibilities(
         self, side: ClientSide, state: ServerState, order: Order

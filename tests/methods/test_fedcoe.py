@@ -8,7 +8,7 @@ from fedcoe import correlation, neural_gate
 from fedcoe.analytic import design_matrix, message_bytes, projections
 from fedcoe.methods.base import Order, Scores
 from fedcoe.prediction import sample_losses
-from fedcoe.rounds import plan_round, train_round, update_gate
+from fedcoe.rounds import finetune, plan_round, train_round, update_gate
 from fedcoe.streams import stream
 
 ALL = [0, 1, 2, 3, 4, 5]
@@ -492,3 +492,25 @@ def test_a_branch_with_several_experts_a_client_is_not_accounted_for(make_method
     method = make_method(experts=4, experts_per_client=2, branch_after=2)
     assert any("branch_after" in reason for reason in method.unaccounted())
     assert not make_method(experts=4, branch_after=2).unaccounted()
+
+
+def test_fine_tuned_personal_experts_start_from_the_most_correlated_expert_and_cost_no_round(
+    make_method, make_engine, train
+):
+    method = make_method(experts=2, personal_epochs=2, train={"rounds": 3})
+    assert method.finetune_epochs == 2
+    assert make_method(personal_epochs=2, personal_expert=False).finetune_epochs == 0
+    state = differing(method.init())
+    engine = make_engine()
+    side = engine.run(lambda side: side)
+    orders = method.dispatch(state, ALL)
+    assert all(fit.name >= 0 for order in orders for fit in method.fits(side, state, order))
+    for client in ALL:
+        best = state.correlation[client].argmax()
+        np.testing.assert_array_equal(method.finetune_start(state, client), state.experts[best])
+    _, images = finetune(engine, method, state)
+    assert images == 2 * method.federation.train_counts.sum()
+    pool = train(engine, method, 3)
+    alone = make_method(experts=2, personal_expert=False, train={"rounds": 3})
+    assert pool.experts.tobytes() == train(make_engine(), alone, 3).experts.tobytes()
+    assert (pool.personal_round == 3).all()
