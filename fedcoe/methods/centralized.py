@@ -3,7 +3,7 @@
 The limit of what federation can reach: as many images as FedAvg sees, with no clients to drift.
 
     each round:
-        train    w on the pooled data of the cohort, for as many epochs as a client trains
+        train    w on as many images as the cohort has, drawn from the pooled data of all
 
 Communicated: the clients' data, once, which is what federated learning is there to avoid; counted
 as nothing. Balanced softmax takes the label prior of the pool. Client momentum starts anew each
@@ -11,7 +11,7 @@ round, as it does everywhere. A new client is served by the model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from fedcoe.engine.pool import ClientSide
 from fedcoe.methods.base import LocalResult, Method, Order
 from fedcoe.methods.settings import MethodSettings
 from fedcoe.state import ServerState
+from fedcoe.streams import stream
 
 
 class CentralizedSettings(MethodSettings):
@@ -31,14 +32,17 @@ class CentralizedSettings(MethodSettings):
 
 @dataclass(frozen=True)
 class Pooled(ClientData):
-    """Clients' data with the training splits of several clients as one."""
+    """Clients' data, with the training splits of the first `seen` of them as one."""
 
-    members: tuple[int, ...] = ()
+    seen: int = 0
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Places in the pool that are trained on."""
 
     def train(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """[n, H, W, C] images and [n] labels of all members, whoever is asked for."""
-        images = np.concatenate([self.images(k, TRAIN) for k in self.members])
-        return images, np.concatenate([self.labels(k, TRAIN) for k in self.members])
+        """[n, H, W, C] images and [n] labels of the chosen rows, whoever is asked for."""
+        images = np.concatenate([self.images(k, TRAIN) for k in range(self.seen)])
+        labels = np.concatenate([self.labels(k, TRAIN) for k in range(self.seen)])
+        return images[self.rows], labels[self.rows]
 
 
 class Centralized(Method):
@@ -52,8 +56,11 @@ class Centralized(Method):
     def local_train(
         self, side: ClientSide, state: ServerState, orders: Sequence[Order]
     ) -> LocalResult:
-        data = side.data
-        pooled = Pooled(data.dataset, data.partition, members=tuple(self.cohort(state)))
+        f, data = self.federation, side.data
+        size = int(f.train_counts[self.cohort(state)].sum())
+        rng = stream(f.settings.train.seed, "pool", state.round + 1)
+        rows = np.sort(rng.choice(int(f.train_counts.sum()), size, replace=False))
+        pooled = Pooled(data.dataset, data.partition, f.clients, rows)
         return super().local_train(replace(side, data=pooled), state, orders)
 
     def logit_shift(self, client: int) -> NDArray[np.float32] | None:

@@ -38,7 +38,7 @@ class MethodSettings(BaseModel):
         "pooled with their own outputs",
     )
     ridge: float = Field(
-        1e-3, gt=0.0, le=100.0, description="Regularisation of what is solved in closed form"
+        1e-5, gt=0.0, le=100.0, description="Regularisation of what is solved in closed form"
     )
     # Left out of dumps when off: keys of results from before there was a choice stay as they were.
     robust: Literal["none", "norm_clip", "trimmed_mean", "median"] = Field(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,3 +48,23 @@ def test_balanced_softmax_takes_the_label_prior_of_the_pool(make_method):
 def test_nothing_is_counted_as_communicated(method):
     state = method.init()
     assert method.round_bytes(state, method.dispatch(state, range(6))) == (0, 0)
+
+
+def test_with_cohorts_the_images_are_drawn_from_everybody_and_others_each_round(make_method, side):
+    method = make_method(name="centralized", train={"cohort": 0.3})
+    state, drawn = method.init(), []
+    trainer = side.trainer
+
+    class Spy:
+        def fit(self, fits, work, data):
+            drawn.append(data.rows)
+            return trainer.fit(fits, work, data)
+
+    for round_ in (0, 1):
+        later = replace(state, round=round_)
+        orders = method.dispatch(later, method.cohort(later))
+        method.local_train(replace(side, trainer=Spy()), later, orders)
+    ends = np.cumsum(method.federation.train_counts)
+    assert len(set(np.searchsorted(ends, drawn[0], side="right"))) > 2
+    assert len(np.unique(drawn[0])) == len(drawn[0])
+    assert not np.array_equal(drawn[0], drawn[1])

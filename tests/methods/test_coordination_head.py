@@ -89,7 +89,7 @@ def test_with_several_experts_the_head_is_on_all_their_features(make, engine):
     side = engine.run(lambda side: side)
     state = noisy(method.init())
     after = update_gate(engine, method, state, ALL)
-    design, expected = pooled_ridge(method, side, state, 1e-3)
+    design, expected = pooled_ridge(method, side, state, method.settings.ridge)
     assert after.extra["head"].shape == (2 * 512 + 1, 4)
     np.testing.assert_allclose(after.extra["head"], expected, rtol=0, atol=1e-5)
     images = np.concatenate([side.data.images(k, 0) for k in ALL])
