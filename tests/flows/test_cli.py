@@ -234,7 +234,7 @@ def test_a_profile_names_the_folder_of_its_comparison_and_gives_its_settings(
     assert invoke(*args, str(tmp_path)).exit_code == 0
     [(_, overrides, _, _, name, *_)] = seen
     assert name == "cifar10-dir05"
-    assert overrides.index("train.rounds=60") < overrides.index("train.rounds=2")
+    assert overrides.index("train.rounds=240") < overrides.index("train.rounds=2")
     assert "partition.alpha=0.5" in overrides
     result = invoke("train", "--profile", "nosuch", "--root", str(tmp_path))
     assert "no profile 'nosuch'" in str(result.exception)
