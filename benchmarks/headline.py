@@ -140,7 +140,9 @@ def main() -> None:
             said.append(f"\n## {title}\n\nNo cells yet.\n")
             continue
         means = summary(results(Comparison(setup, load_cells(folder), OURS)))
-        said.append(f"\n## {title}\n\n{markdown(head, table(means.to_dict('records')))}")
+        rivals = sorted(set(means["method"]) - {OURS[0], LIMIT})
+        said.append(f"\n## {title}\n\nRivals measured so far: {', '.join(rivals) or 'none'}.\n\n")
+        said.append(markdown(head, table(means.to_dict("records"))))
         lines = [
             [
                 what,
