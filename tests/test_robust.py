@@ -209,7 +209,8 @@ def test_every_method_takes_each_defence_or_refuses_it_in_one_line(
     expected, _ = train_round(make_engine(build=method.build), plain, state)
     assert np.isfinite(after.experts).all()
     assert (after.experts != state.experts).any()
-    assert (after.experts != expected.experts).any(), "the defence changes something"
+    if name != "centralized":  # one update has nothing to be combined with
+        assert (after.experts != expected.experts).any(), "the defence changes something"
     if method.coordinates:
         assert np.isfinite(update_gate(make_engine(), method, after, range(6)).correlation).all()
 
