@@ -168,7 +168,7 @@ def test_the_gate_update_solves_the_ridge_regression_of_the_pooled_data(
     images, labels = (np.concatenate(parts) for parts in zip(*data, strict=True))
     _, q, design = posteriors_and_design(method, state, side, images, labels)
     targets = np.concatenate([q, np.eye(4)[labels]], axis=1)
-    gram = design.T @ design + 1e-3 * len(design) * np.eye(design.shape[1])
+    gram = design.T @ design + method.settings.ridge * len(design) * np.eye(design.shape[1])
     expected = np.linalg.solve(gram, design.T @ targets)
     np.testing.assert_allclose(after.extra["gate"], expected[:, :2], rtol=0, atol=1e-5)
     np.testing.assert_allclose(after.extra["head"], expected[:, 2:], rtol=0, atol=1e-5)
