@@ -323,12 +323,7 @@ def load_settings(path: str | Path = "params.yaml", overrides: Sequence[str] = (
         FedCoEError: one line per mistake: file, key, value, what is allowed.
     """
     path = Path(path)
-    try:
-        values = _load_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FedCoEError(f"{path}: no such file; run this where params.yaml is") from None
-    except Exception as error:  # what YAML makes of dates and numbers raises anything
-        raise FedCoEError(f"{path}: not readable as YAML: {one_line(error)}") from None
+    values = read_yaml(path, "run this where params.yaml is")
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise FedCoEError(f"{path}: must be a mapping of sections, got {type(values).__name__}")
@@ -357,13 +352,7 @@ def load_profile(path: str | Path, name: str) -> list[str]:
     Raises:
         FedCoEError: no such file or profile, or not of this form.
     """
-    path = Path(path)
-    try:
-        profiles = _load_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FedCoEError(f"{path}: no such file; the repository has one to copy") from None
-    except Exception as error:
-        raise FedCoEError(f"{path}: not readable as YAML: {one_line(error)}") from None
+    profiles = read_yaml(path, "the repository has one to copy")
     if not isinstance(profiles, dict) or not all(isinstance(v, dict) for v in profiles.values()):
         raise FedCoEError(f"{path}: must map profile names to section.key: value")
     if name not in profiles:
@@ -393,6 +382,23 @@ def _describe(source: str, item: Any) -> str:
         message = "must be a section of keys and values; fill it in or remove it"
     value = "" if isinstance(item["input"], Mapping | BaseModel) else f" = {item['input']!r}"
     return f"{source}: {one_line(key + value)}: {one_line(message)}"
+
+
+def read_yaml(path: str | Path, missing: str) -> Any:
+    """What a YAML file of the user's holds.
+
+    Args:
+        missing: what to do where there is no such file.
+
+    Raises:
+        FedCoEError: no such file, or not readable as YAML.
+    """
+    try:
+        return _load_yaml(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FedCoEError(f"{path}: no such file; {missing}") from None
+    except Exception as error:  # what YAML makes of dates and numbers raises anything
+        raise FedCoEError(f"{path}: not readable as YAML: {one_line(error)}") from None
 
 
 def _load_yaml(text: str) -> Any:

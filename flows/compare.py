@@ -14,10 +14,8 @@ from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from fedcoe.config import Settings, fingerprint_of, load_settings, validate_settings
+from fedcoe.config import Settings, fingerprint_of, load_settings, read_yaml, validate_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import method_class, method_names
@@ -121,12 +119,7 @@ def ablation_sets(root: Path) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
         FedCoEError: no such file, or not of this form.
     """
     path = root / ABLATIONS
-    try:
-        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FedCoEError(f"{path}: no such file; the repository has one to copy") from None
-    except (YAMLError, OSError) as error:
-        raise FedCoEError(f"{path}: not readable: {' '.join(str(error).split())}") from None
+    values = read_yaml(path, "the repository has one to copy")
     try:
         sets: dict[str, list[tuple[str, Mapping[str, Any]]]] = {
             str(name): [(str(item["label"]), dict(item["overrides"])) for item in items]

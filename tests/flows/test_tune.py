@@ -366,18 +366,19 @@ def test_a_search_killed_half_way_ends_with_the_trials_of_one_never_killed(
     open_study: Callable[[Plan], Study],
     prefect_api: str,
 ) -> None:
+    seeded = "tune.seed=1"  # prunes two of the five trials
     other = tmp_path / "other"
     shutil.copytree(tunable, other)
-    best = run_tune(tunable)
+    best = run_tune(tunable, seeded)
     assert best["finished"] == 5 and best["pruned"] >= 1
-    again = run_tune(tunable)
+    again = run_tune(tunable, seeded)
     assert again == best
 
-    plan = plan_of(other)
+    plan = plan_of(other, seeded)
     study = open_study(plan)
     code = "from flows.cli import main; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", code, "tune"],
+        [sys.executable, "-c", code, "tune", "-S", seeded],
         cwd=other,
         env=os.environ | {"PREFECT_API_URL": prefect_api, "MLFLOW_TRACKING_URI": "sqlite:///x.db"},
     ) as command:
@@ -389,7 +390,7 @@ def test_a_search_killed_half_way_ends_with_the_trials_of_one_never_killed(
     # Its trial process notices and ends by itself.
     others = {folder.name for folder in (plan.folder / "workers").iterdir()} - {study.worker}
     wait_until(lambda: not any(alive(plan, worker) for worker in others))
-    resumed = run_tune(other)
+    resumed = run_tune(other, seeded)
     assert [(t.params, t.value) for t in study.ended()][: len(kept)] == kept
     assert without_numbers(trials_of(other)) == without_numbers(trials_of(tunable))
     assert resumed["params"] == best["params"] and resumed["overlay"] == best["overlay"]
