@@ -30,18 +30,22 @@ def projections(experts: int, width: int, features: int, seed: int) -> NDArray[n
 
 
 def design_matrix(
-    features: list[NDArray[np.float32]], projection: NDArray[np.float32] | None
+    features: list[NDArray[np.float32]],
+    projection: NDArray[np.float32] | None,
+    patches: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float64]:
-    """M arrays [n, D] to F [n, M d + 1].
+    """M arrays [n, D], and patch features [n, P] where there are any, to F [n, M d + P + 1].
 
-    Each expert's part has length 1/sqrt(M), so that more experts do not change the ridge's scale.
+    Each expert's part has length 1/sqrt(M), so that more experts do not change the ridge's scale;
+    that of the patches is one as well.
     """
     parts = []
     for m, part in enumerate(features):
         part = part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-6)
         parts.append(part if projection is None else part @ projection[m])
     joined = np.concatenate(parts, axis=1).astype(np.float64) / np.sqrt(len(features))
-    return np.concatenate([joined, np.ones((len(joined), 1))], axis=1)
+    fixed = [] if patches is None else [patches]
+    return np.concatenate([joined, *fixed, np.ones((len(joined), 1))], axis=1)
 
 
 @dataclass

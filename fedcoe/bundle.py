@@ -288,10 +288,9 @@ def _check_sizes(method: Method, state: ServerState, width: int) -> None:
     for m, expert in enumerate(state.experts):
         if not np.isfinite(expert).all():
             raise ValueError(f"expert-{m} holds NaN or infinite numbers")
-    d = min(method.gate_features or width, width)
     sizes: dict[str, tuple[int, ...]] = {
-        "head": (experts * d + 1, f.classes),
-        "gate": (experts * d + 1, experts),
+        "head": (method.columns(width), f.classes),
+        "gate": (method.columns(width), experts),
     }
     if getattr(f.settings.method, "gate", None) == "neural":
         with torch.device("meta"):

@@ -89,6 +89,7 @@ class Mixture(Program):
         width = cast(Expert, self.experts[0]).head.in_features
         seed = f.settings.train.seed
         keep("projection", projections(method.experts, width, method.gate_features, seed))
+        self.patches = method.patches
         # Reweighting to the uniform prior; what is constant over classes falls out.
         keep("experts_prior", np.log(method.trained_prior))
         keep("head_prior", np.log(f.label_prior))
@@ -101,7 +102,8 @@ class Mixture(Program):
         c = self.calibration
         experts = F.log_softmax(logits * c["experts"], dim=-1)
         experts = F.log_softmax(experts - self.experts_prior, dim=-1)
-        design = self._design([h for _, h in outputs])
+        fixed = [] if self.patches is None else [self.patches(images)]
+        design = self._design([h for _, h in outputs], fixed)
         if self.gate is None:
             weights = logits.new_zeros(logits.shape[:2])
         else:
@@ -113,13 +115,13 @@ class Mixture(Program):
             log_p = F.log_softmax((1.0 - c["head"]) * log_p + c["head"] * head, dim=-1)
         return log_p.exp()
 
-    def _design(self, features: list[Tensor]) -> Tensor:
+    def _design(self, features: list[Tensor], fixed: list[Tensor]) -> Tensor:
         parts = []
         for m, part in enumerate(features):
             part = part / torch.linalg.vector_norm(part, dim=1, keepdim=True).clamp_min(1e-6)
             parts.append(part if self.projection is None else part @ self.projection[m])
         joined = torch.cat(parts, dim=1) / math.sqrt(len(features))
-        return torch.cat([joined, torch.ones_like(joined[:, :1])], dim=1)
+        return torch.cat([joined, *fixed, torch.ones_like(joined[:, :1])], dim=1)
 
 
 def export_pt2(bundle: Bundle, path: Path, expert: int | None = None) -> float:

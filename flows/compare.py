@@ -37,7 +37,13 @@ from tasks.tracking import Tracking, log_row, log_tables, start_study
 
 ROWS = ("plain", "all")
 """What is trained. A third row, `reweighting`, is `plain` predicted a second time."""
-SWITCHES = ("balanced_softmax", "server_momentum", "reweighting", "coordination_head")
+SWITCHES = (
+    "balanced_softmax",
+    "server_momentum",
+    "reweighting",
+    "coordination_head",
+    "patch_filters",
+)
 ABLATIONS = "ablations.yaml"
 
 
@@ -67,7 +73,8 @@ def row_settings(settings: Settings, method: str, row: str) -> Settings:
     """The settings of a method in a row.
 
     `plain` is the method as its authors left it: its own defaults, FedCoE without the switches.
-    `all` has every switch on. A method that params.yaml names keeps its other settings from there.
+    `all` has every switch on, and the patch filters of params.yaml. A method that params.yaml names
+    keeps its other settings from there.
 
     Raises:
         FedCoEError: no such method or row, or settings that exclude each other.
@@ -82,9 +89,11 @@ def row_settings(settings: Settings, method: str, row: str) -> Settings:
         # FedAdam's momentum is a moving average, not a heavy ball: more of it is not the switch.
         momentum = switches["server_momentum"]
         momentum = momentum if method == "fedadam" else max(momentum, 0.7)
-        switches = dict.fromkeys(switches, True) | {"server_momentum": momentum}
+        filters = settings.method.patch_filters
+        switches = dict.fromkeys(switches, True)
+        switches |= {"server_momentum": momentum, "patch_filters": filters}
     elif method == "fedcoe":
-        switches = dict.fromkeys(switches, False) | {"server_momentum": 0.0}
+        switches = dict.fromkeys(switches, False) | {"server_momentum": 0.0, "patch_filters": 0}
     named = settings.method.name == method
     kept = settings.method.model_dump(mode="json") if named else {"name": method}
     found = validate_settings({"method": kept | switches}, f"{method}, row {row}").method

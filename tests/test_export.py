@@ -21,6 +21,7 @@ KINDS = {
     "all features": {"gate_features": 0},
     "no head": {"coordination_head": False},
     "uniform gate": {"gate": "uniform"},
+    "patch features": {"patch_filters": 3},
     "fedavg": {"name": "fedavg"},
     "fedavg with a head": {"name": "fedavg", "coordination_head": True},
 }

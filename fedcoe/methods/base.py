@@ -42,6 +42,7 @@ from fedcoe.methods.settings import MethodSettings
 from fedcoe.models import Expert, build_expert
 from fedcoe.models.experts import Shape
 from fedcoe.models.flat import Vector, initial_vector
+from fedcoe.patches import Patches, patch_width
 from fedcoe.prediction import Log
 from fedcoe.privacy import Messages, Privacy, epsilon
 from fedcoe.robust import Single
@@ -267,6 +268,10 @@ class Method:
         found = []
         if s.robust_clip and s.robust != "norm_clip":
             found.append(f"robust_clip: robust = {s.robust} has no such limit")
+        if s.patch_filters and not self.closed_form:
+            found.append(
+                "patch_filters: neither a coordination head nor an analytic gate sees them"
+            )
         if faults.attack_statistics and not self.coordinates:
             found.append(
                 "faults.attack_statistics: without a coordination head or gate none are sent"
@@ -331,6 +336,11 @@ class Method:
     def coordinates(self) -> bool:
         """Whether there are gate updates: for a gate, a coordination head, or both."""
         return self.has_gate or self.settings.coordination_head
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether anything is solved from statistics of features."""
+        return self.coordinates and bool(self.settings.coordination_head)
 
     def init(self) -> ServerState:
         """Initial state: all experts start from the same weights, so their updates compare."""
@@ -631,6 +641,12 @@ class Method:
         """Images in a batch when nothing is trained."""
         return self.federation.settings.evaluate.batch_size
 
+    @cached_property
+    def patches(self) -> Patches | None:
+        """The random patch features of the coordination head, where there are any."""
+        f, filters = self.federation, self.settings.patch_filters
+        return Patches(f.shape, filters, f.settings.train.seed) if filters else None
+
     def forward(
         self,
         trainer: Trainer,
@@ -646,7 +662,10 @@ class Method:
             return logits, np.zeros((len(images), 0))
         seed = self.federation.settings.train.seed
         projection = projections(self.experts, hidden[0].shape[1], self.gate_features, seed)
-        return logits, design_matrix(hidden, projection)
+        patches = None
+        if self.patches is not None:
+            patches = self.patches.to(trainer.device).run(images, self.batch_size)
+        return logits, design_matrix(hidden, projection, patches)
 
     def score(self, trainer: Trainer, state: ServerState, images: NDArray[np.uint8]) -> Scores:
         """Run every global model once over n images [n, H, W, C]."""
@@ -872,8 +891,14 @@ class Method:
     def design_width(self) -> int:
         """Columns of the design matrix."""
         f = self.federation
-        width = self.build(f.settings.model.name, f.shape, f.classes, 0).head.in_features
-        return min(self.gate_features or width, width) * self.experts + 1
+        return self.columns(
+            self.build(f.settings.model.name, f.shape, f.classes, 0).head.in_features
+        )
+
+    def columns(self, width: int) -> int:
+        """`design_width`, given the number of an expert's features."""
+        experts = min(self.gate_features or width, width) * self.experts
+        return experts + patch_width(self.settings.patch_filters) + 1
 
 
 def head_size(method: Method) -> int:

@@ -419,6 +419,10 @@ class FedCoE(Method):
         return self.settings.gate != "neural"
 
     @property
+    def closed_form(self) -> bool:
+        return self._analytic
+
+    @property
     def _targets(self) -> int:
         """Columns of F'[Q | Y]; Y only where there is a coordination head."""
         return self.experts + self.federation.classes * self.settings.coordination_head

@@ -37,6 +37,14 @@ class MethodSettings(BaseModel):
         description="Closed-form global classifier on all experts' features (Fed3R, ICML 2024), "
         "pooled with their own outputs",
     )
+    patch_filters: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="The coordination head also sees 8 random patch features for each of these "
+        "filters (Coates, Ng, 2011; fedcoe/patches.py); 0 = none",
+        exclude_if=lambda value: value == 0,
+    )
     ridge: float = Field(
         1e-5, gt=0.0, le=100.0, description="Regularisation of what is solved in closed form"
     )

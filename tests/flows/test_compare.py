@@ -62,6 +62,13 @@ def test_a_method_keeps_its_other_settings_from_params_and_no_one_elses() -> Non
     )
 
 
+def test_patch_filters_of_params_are_for_every_methods_row_all() -> None:
+    settings = validate_settings({"method": {"name": "fedcoe", "patch_filters": 5}}, "test")
+    for method in ("fedcoe", "fedavg", "ditto"):
+        assert row_settings(settings, method, "all").method.patch_filters == 5
+        assert row_settings(settings, method, "plain").method.patch_filters == 0
+
+
 def test_reweighting_trains_nothing_of_its_own(tmp_path: Path) -> None:
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     cells = comparison_cells(tmp_path, [], ["fedavg"], ["plain", "reweighting"], [3])
