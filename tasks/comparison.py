@@ -104,6 +104,10 @@ def check_footing(cells: Sequence[Values], folder: Path) -> None:
             found[("partition", cell["seed"])] = cell["partition_fingerprint"]
         if "order" not in cell:  # an ablation may change what it likes
             found |= {(key, ""): value for key, value in _footing(cell["settings"]).items()}
+        if cell["row"] == "all":
+            # The one switch that has more settings than on and off.
+            filters = cell["settings"].get("method", {}).get("patch_filters", 0)
+            found[("method.patch_filters", "all")] = filters
         name = cell_name(cell["method"], cell["row"], cell["seed"])
         for what, value in found.items():
             before, known = first.setdefault(what, (name, value))
