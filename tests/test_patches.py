@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedcoe.analytic import design_matrix
+from fedcoe.analytic import design_matrix, projections
 from fedcoe.bundle import export_models, load_bundle
 from fedcoe.errors import FedCoEError
 from fedcoe.patches import CONTRAST, THRESHOLD, Patches, patch_width
@@ -107,16 +107,12 @@ def test_the_head_is_the_pooled_ridge_solution_with_patches_too(
     data = [side.data.train(k) for k in ALL]
     pooled, labels = (np.concatenate(parts) for parts in zip(*data, strict=True))
     hidden = [side.trainer.outputs(v, pooled, 64, features=True)[1] for v in after.experts]
-    if method.gate_features:
-        assert name == "fedcoe"
-        hidden_design = method.forward(side.trainer, after, pooled)[1]
-    else:
-        hidden_design = design_matrix(hidden, None, method.patches.run(pooled, 64))
-    assert hidden_design.shape[1] == method.design_width
-    gram = hidden_design.T @ hidden_design
-    gram += method.settings.ridge * len(labels) * np.eye(len(gram))
-    expected = hidden_design @ np.linalg.solve(gram, hidden_design.T @ np.eye(4)[labels])
-    np.testing.assert_allclose(hidden_design @ after.extra["head"], expected, atol=1e-4)
+    projection = projections(len(hidden), hidden[0].shape[1], method.gate_features, 0)
+    design = design_matrix(hidden, projection, method.patches.run(pooled, 64))
+    assert design.shape[1] == method.design_width
+    gram = design.T @ design + method.settings.ridge * len(labels) * np.eye(design.shape[1])
+    expected = design @ np.linalg.solve(gram, design.T @ np.eye(4)[labels])
+    np.testing.assert_allclose(design @ after.extra["head"], expected, atol=1e-4)
 
 
 def test_training_does_not_notice_patch_features(make_method, engine, train):
