@@ -68,7 +68,9 @@ def test_one_expert_is_exported_alone_with_what_it_is(bundle_of, tmp_path):
 def test_a_file_that_computes_something_else_is_not_kept(bundle_of, tmp_path, monkeypatch):
     bundle, _ = bundle_of()
     right = Mixture._design
-    monkeypatch.setattr(Mixture, "_design", lambda self, parts: right(self, parts[::-1]))
+    monkeypatch.setattr(
+        Mixture, "_design", lambda self, parts, fixed: right(self, parts[::-1], fixed)
+    )
     with pytest.raises(FedCoEError, match=f"at most {TOLERANCE:g}.*nothing was kept"):
         export_pt2(bundle, tmp_path / "m.pt2")
     assert not (tmp_path / "m.pt2").exists()
