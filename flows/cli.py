@@ -65,14 +65,20 @@ def main() -> None:
     except SystemExit as exit_:
         code = exit_.code
     except Exception as error:
-        if not _of_prefect(error):
+        if "ephemeral Prefect API server" in str(error):
+            code = _say(
+                "Prefect's embedded server did not start in time: run the same command again when "
+                "the machine is less busy, or raise PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
+            )
+        elif _of_prefect(error):
+            PREFECT_GONE.set()
+            url = os.environ.get("PREFECT_API_URL", "the address in Prefect's settings")
+            code = _say(
+                f"Prefect's server does not answer at {url}: finished rounds are kept; start it, "
+                "or unset PREFECT_API_URL, and run the same command again"
+            )
+        else:
             raise
-        PREFECT_GONE.set()
-        url = os.environ.get("PREFECT_API_URL", "the address in Prefect's settings")
-        code = _say(
-            f"Prefect's server does not answer at {url}: finished rounds are kept; start it, or "
-            "unset PREFECT_API_URL, and run the same command again"
-        )
     if PREFECT_GONE.is_set():
         # A normal exit would try for 7 s an event to tell it what happened.
         sys.stdout.flush()
@@ -377,6 +383,8 @@ def _quiet() -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_LEVEL": "WARNING",
+        # Its own 20 s are too few where other jobs are at work.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "MPLBACKEND": "Agg",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
     }.items():

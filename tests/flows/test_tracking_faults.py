@@ -299,3 +299,17 @@ def test_a_store_that_was_made_anew_gets_everything_again(
     other.write_bytes(mlflow_database.read_bytes())
     deliver(box, f"sqlite:///{other}", never)
     assert logged(f"sqlite:///{other}") == first
+
+
+def test_an_embedded_prefect_that_does_not_start_in_time_is_told_in_one_line(
+    new_project: Callable[..., Path], fedcoe_command: Callable[..., Any], tmp_path: Path
+) -> None:
+    answer = fedcoe_command(
+        new_project(),
+        "train",
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="0",
+        PREFECT_API_URL="",
+        PREFECT_HOME=str(tmp_path),
+    )
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+    assert "did not start in time" in answer.stderr
