@@ -68,7 +68,7 @@ def main() -> None:
         if "ephemeral Prefect API server" in str(error):
             code = _say(
                 "Prefect's embedded server did not start in time: run the same command again when "
-                "the machine is less busy, or raise PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
+                "the machine is less busy, or set PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
             )
         elif _of_prefect(error):
             PREFECT_GONE.set()
