@@ -19,7 +19,7 @@ from fedcoe.config import Settings, fingerprint_of, load_settings, read_yaml, va
 from fedcoe.data.dataset import load_dataset
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import method_class, method_names
-from flows.federated_training import federated_training
+from flows.federated_training import Again, federated_training
 from flows.pipeline import partition_once
 from tasks.comparison import (
     Comparison,
@@ -67,6 +67,29 @@ class Cell:
             mode="json", exclude={"data": True, "runtime": {"workers"}}
         )
         return fingerprint_of([named, data_hash])
+
+    @property
+    def training(self) -> str:
+        """Equal for cells that differ only in how the trained experts predict."""
+        private = self.settings.privacy.epsilon > 0
+        only = method_class(self.method).predicts_only(self.settings.method, private)
+        decides = {"method": set(only), "runtime": {"workers"}}
+        return fingerprint_of(self.settings.model_dump(mode="json", exclude=decides))
+
+    def file(self, name: str) -> str:
+        """Its file in a comparison, under the root."""
+        return f"results/{name}/cells/{cell_name(self.method, self.row, self.seed)}.json"
+
+    def notes(self, data_hash: str) -> dict[str, Any]:
+        """What the file says beside figures and settings."""
+        said = {"method": self.method, "row": self.row, "seed": self.seed}
+        said |= {"key": self.key(data_hash), "command": self.command}
+        return said | ({} if self.order is None else {"order": self.order})
+
+    def tags(self, name: str, parent: Tracking) -> dict[str, str]:
+        """Of its MLflow run under the comparison's."""
+        tags = {"comparison": name, "row": self.row, "seed": str(self.seed)}
+        return tags | {"mlflow.parentRunId": parent.run_id} if parent.run_id else {}
 
 
 def row_settings(settings: Settings, method: str, row: str) -> Settings:
@@ -244,8 +267,11 @@ def _run(root: Path, name: str, cells: Sequence[Cell], cell_only: bool) -> str:
     memo.parent.mkdir(parents=True, exist_ok=True)
     parent = start_study(root, memo, f"comparison · {name}", {}, tags)
     try:
+        groups: dict[str, list[Cell]] = {}
         for cell in cells:
-            _make(root, name, cell, data_hash, parent)
+            groups.setdefault(cell.training, []).append(cell)
+        for group in groups.values():
+            _make(root, name, group, data_hash, parent)
         if cell_only:
             return ""
         table = render(root, name)
@@ -272,32 +298,54 @@ def _check_others(results: Path, cells: Sequence[Cell], data_hash: str) -> None:
     check_footing([*kept, *planned], results)
 
 
-def _make(root: Path, name: str, cell: Cell, data_hash: str, parent: Tracking) -> None:
-    """Train a cell, unless its file, or one of another comparison, holds what would come out."""
-    file = Path("results") / name / "cells" / f"{cell_name(cell.method, cell.row, cell.seed)}.json"
-    notes: dict[str, Any] = {"method": cell.method, "row": cell.row, "seed": cell.seed}
-    notes |= {"key": cell.key(data_hash), "command": cell.command}
-    notes |= {} if cell.order is None else {"order": cell.order}
-    here = _read(root / file)
-    if here.get("key") == notes["key"]:
-        if here.get("order") != cell.order:  # ablations.yaml lists it elsewhere now
-            write_json(root / file, here | notes)
+def _make(root: Path, name: str, cells: Sequence[Cell], data_hash: str, parent: Tracking) -> None:
+    """Make cells of one training, unless their files, or those of another comparison, hold what
+    would come out."""
+    missing = []
+    for cell in cells:
+        file, notes = root / cell.file(name), cell.notes(data_hash)
+        here = _read(file)
+        if here.get("key") == notes["key"]:
+            if here.get("order") != cell.order:  # ablations.yaml lists it elsewhere now
+                write_json(file, here | notes)
+        elif made := _elsewhere(root / "results", notes["key"]):
+            write_json(file, {k: v for k, v in made.items() if k != "order"} | notes)
+            rows = [cell.row, "reweighting"] if cell.row == "plain" else [cell.row]
+            _log(root, name, cell, parent, *rows)
+        else:
+            missing.append(cell)
+    if not missing:
         return
-    tags = {"comparison": name, "row": cell.row, "seed": str(cell.seed)}
-    tags = tags | {"mlflow.parentRunId": parent.run_id} if parent.run_id else {}
-    made = _elsewhere(root / "results", notes["key"])
-    if made:
-        write_json(root / file, {k: v for k, v in made.items() if k != "order"} | notes)
-        log_row(parent, root, tags, made, metrics(measures(made, made)))
-    else:
-        method = cell.settings.method.model_dump(mode="json")
-        partitions, _ = partition_once(root, cell.overrides)
-        federated_training(str(root), cell.overrides, method, str(file), partitions, notes, tags)
-        made = _read(root / file)
-    if cell.row == "plain" and tags:
-        again = made.get("reweighted") or made
-        tags |= {"row": "reweighting"}
-        log_row(parent, root, tags, made, metrics(measures(made, again)))
+    first, *others = missing
+    again = [
+        Again(cell.settings.method.model_dump(mode="json"), cell.file(name), cell.notes(data_hash))
+        for cell in others
+    ]
+    federated_training(
+        str(root),
+        first.overrides,
+        first.settings.method.model_dump(mode="json"),
+        first.file(name),
+        partition_once(root, first.overrides)[0],
+        first.notes(data_hash),
+        first.tags(name, parent),
+        again=again,
+    )
+    for cell in others:
+        _log(root, name, cell, parent, cell.row)
+    if first.row == "plain":
+        _log(root, name, first, parent, "reweighting")
+
+
+def _log(root: Path, name: str, cell: Cell, parent: Tracking, *rows: str) -> None:
+    """MLflow runs for rows of figures that took no training of their own."""
+    if not (tags := cell.tags(name, parent)):
+        return
+    made = _read(root / cell.file(name))
+    for row in rows:
+        again = made.get("reweighted") if row == "reweighting" else None
+        found = metrics(measures(made, again or made))
+        log_row(parent, root, tags | {"row": row}, made, found)
 
 
 def _elsewhere(results: Path, key: str) -> dict[str, Any]:

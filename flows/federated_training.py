@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fedcoe.cold_start import NewClient, summary
 from fedcoe.config import Settings, load_settings
 from fedcoe.errors import said_of_disks
 from fedcoe.evaluate import Evaluation
-from fedcoe.methods.base import Federation
+from fedcoe.methods.base import Federation, Method
 from fedcoe.methods.settings import method_class, settings_for
 from fedcoe.rounds import (
     evaluation_due,
@@ -64,6 +64,7 @@ def federated_training(
     notes: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
     resume: bool = False,
+    again: Sequence["Again"] = (),
 ) -> dict[str, float]:
     """Train as params.yaml says and write models, metrics and plots.
 
@@ -79,6 +80,7 @@ def federated_training(
         tags: further tags of the MLflow run; a cell without any is not tracked.
         resume: refuse to start anew. An unfinished run of the same settings, data and code is
             always continued.
+        again: further cells from the same trained experts.
 
     Returns:
         The headline figures: accuracies in [0, 1] by name.
@@ -105,7 +107,7 @@ def federated_training(
         try:
             path = folder / figures if figures else None
             with heeded():
-                headline = _train(run, tracking, settings, path, notes, resumed)
+                headline = _train(run, tracking, settings, path, notes, resumed, again)
         except BaseException as error:
             stopped = isinstance(error, Stopped) or not isinstance(error, Exception)
             tracking.finish("KILLED" if stopped else "FAILED")
@@ -129,6 +131,7 @@ def _train(
     figures: Path | None,
     notes: Mapping[str, Any] | None,
     resumed: Resumed,
+    again: Sequence["Again"],
 ) -> dict[str, float]:
     method, shared = run.method, unmapped(run)
     state, history, _ = resumed
@@ -173,6 +176,8 @@ def _train(
     stop_if_asked(state.round, settings.train.rounds)
     # A run killed between its last checkpoint and its results evaluates the last state again.
     state, evaluation, new = evaluated or _evaluate(run, state)
+    for other in again:  # before this run's own results: a cell that is there ends the training
+        _predict_again(run, state, history, other)
     return _finish(run, tracking, state, history, evaluation, new, figures, notes)
 
 
@@ -229,9 +234,57 @@ def _evaluate_reweighted(run: Run, state: ServerState) -> tuple[Evaluation, list
             "cold_start": run.settings.cold_start.model_copy(update={"few_shot_epochs": 0}),
         }
     )
-    method = method_class(settings.method.name)(Federation.of(settings, run.data))
-    _, evaluation, new = _evaluate(replace(run, settings=settings, method=method), state)
+    _, evaluation, new = _evaluate(_predicting(run, settings), state)
     return evaluation, new
+
+
+def _predicting(run: Run, settings: Settings) -> Run:
+    """The same run, its models to predict with other settings."""
+    method = method_class(settings.method.name)(Federation.of(settings, run.data))
+    return replace(run, settings=settings, method=method)
+
+
+@dataclass(frozen=True)
+class Again:
+    """A cell whose training another cell's is: its settings differ in what only predicts."""
+
+    method: Mapping[str, Any]
+    """All settings of the method."""
+    figures: str
+    notes: Mapping[str, Any]
+
+
+def _predict_again(run: Run, state: ServerState, history: History, cell: Again) -> None:
+    """Write a cell from another's experts: the figures that its own training would give.
+
+    Only its curves are shorter: they have the last evaluation.
+    """
+    settings = run.settings.model_copy(update={"method": settings_for(cell.method)})
+    there = _predicting(run, settings)
+    solved = {k: v for k, v in state.extra.items() if k not in ("gate", "head")}
+    bare = replace(state, extra=solved, calibration={}, diagnostics={})
+    updated = _update_gate(there, bare, bare, range(run.data.partition.seen))
+    # The experts' losses have moved the correlation in this round's own gate update.
+    updated = replace(updated, correlation=state.correlation)
+    state, evaluation, new = _evaluate(there, updated)
+    rounds = [_as_sent(row, run.method, there.method, state) for row in history.rounds]
+    own = History(rounds)
+    own.add_evaluation(evaluation, new, dict(state.diagnostics))
+    write_figures(there, run.root / cell.figures, own, evaluation, new, None, cell.notes)
+
+
+def _as_sent(
+    row: Mapping[str, Any], trained: Method, predicting: Method, state: ServerState
+) -> dict[str, Any]:
+    """A round's row with the bytes of another method's gate update in place of those sent."""
+    row = dict(row)
+    if trained.gate_due(row["round"]):
+        every = trained.evaluation_due(row["round"])
+        clients = trained.federation.clients if every else row["cohort"]
+        sent, would = (method.gate_bytes(state, clients) for method in (trained, predicting))
+        row["bytes_up"] += would[0] - sent[0]
+        row["bytes_down"] += would[1] - sent[1]
+    return row
 
 
 def _finish(

@@ -262,6 +262,15 @@ class Method:
         """Features an expert's are projected to for what is closed-form; 0 = all are kept."""
         return int(getattr(self.settings, "gate_features", 0))
 
+    @classmethod
+    def predicts_only(cls, settings: MethodSettings, private: bool) -> frozenset[str]:
+        """Names of settings that decide how trained experts predict, and nothing in training.
+
+        Args:
+            private: whether what clients send is noised.
+        """
+        return frozenset({"reweighting"})
+
     def inert(self) -> list[str]:
         """Settings that are on and change nothing with this method, one sentence each."""
         s, faults = self.settings, self.federation.settings.faults

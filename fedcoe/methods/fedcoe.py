@@ -152,6 +152,16 @@ class FedCoE(Method):
     private = True
     settings: FedCoESettings
 
+    @classmethod
+    def predicts_only(cls, settings: MethodSettings, private: bool) -> frozenset[str]:
+        assert isinstance(settings, FedCoESettings)
+        found = super().predicts_only(settings, private)
+        if private or settings.gate == "neural" or settings.gate_before_aggregation:
+            # Noise by message, a gate that learns from update to update, experts long gone.
+            return found
+        # The correlation, which dispatches, comes from the experts' losses alone.
+        return found | {"gate", "gate_features", "coordination_head", "patch_filters", "ridge"}
+
     def inert(self) -> list[str]:
         found = super().inert()
         if self.experts == 1:

@@ -37,6 +37,7 @@ class MethodSettings(BaseModel):
         description="Closed-form global classifier on all experts' features (Fed3R, ICML 2024), "
         "pooled with their own outputs",
     )
+    # Left out of dumps when off: keys of results from before there was a choice stay as they were.
     patch_filters: int = Field(
         0,
         ge=0,
@@ -48,7 +49,6 @@ class MethodSettings(BaseModel):
     ridge: float = Field(
         1e-5, gt=0.0, le=100.0, description="Regularisation of what is solved in closed form"
     )
-    # Left out of dumps when off: keys of results from before there was a choice stay as they were.
     robust: Literal["none", "norm_clip", "trimmed_mean", "median"] = Field(
         "none",
         description="How an expert's updates are combined; trimmed mean and median are by "

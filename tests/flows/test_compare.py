@@ -143,9 +143,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     train, names = flows.compare.federated_training, []
 
-    def note(*args: Any) -> Any:
+    def note(*args: Any, **options: Any) -> Any:
         names.append(Path(args[3]).stem)
-        return train(*args)
+        return train(*args, **options)
 
     monkeypatch.setattr(flows.compare, "federated_training", note)
     return names
@@ -238,6 +238,58 @@ def test_reweighting_a_plain_training_gives_what_training_with_it_gives(
         assert again["reweighted"][part] == own[part] and again[part] != own[part]
     modes = ("none", "unlabelled", "labels")
     assert all(again["reweighted"]["cold_start"][m] == own["cold_start"][m] for m in modes)
+
+
+PREDICTED = """\
+heads:
+  - {label: no head, overrides: {method.coordination_head: false}}
+  - {label: patches, overrides: {method.patch_filters: 5, method.ridge: 0.001}}
+  - {label: uniform, overrides: {method.gate: uniform, method.coordination_head: false}}
+  - {label: other experts, overrides: {method.balanced_softmax: false}}
+"""
+
+
+@pytest.mark.slow
+def test_an_ablation_trains_once_what_differs_in_predictions_only_and_gives_the_same_figures(
+    new_project: Callable[..., Path], prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    from flows.compare import ablate
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    found = []
+    for alone in (False, True):
+        root = new_project(train={"rounds": 3}, evaluate={"every": 2})
+        if not alone:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/.fedcoe/mlflow.db")
+        (root / "ablations.yaml").write_text(PREDICTED)
+        with monkeypatch.context() as patch:
+            names = trained(patch)
+            if alone:
+                patch.setattr("flows.compare.Cell.training", property(lambda self: self.row))
+                patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+            ablate("heads", str(root), (), [0])
+        assert len(names) == (5 if alone else 2)
+        folder = root / "results/ablation-heads/cells"
+        found.append({path.stem: json.loads(path.read_text()) for path in folder.iterdir()})
+    at_once, alone_ = found
+    assert at_once.keys() == alone_.keys() and len(at_once) == 5
+    for name, cell in at_once.items():
+        other = alone_[name]
+        again = name.split("-seed")[0] in ("fedcoe-no-head", "fedcoe-patches", "fedcoe-uniform")
+        assert len(cell["curves"]) == (1 if again else 2) and len(other["curves"]) == 2
+        ((*_, last), (*_, own)) = (c.pop("curves") for c in (cell, other))
+        assert last == own
+        for timed in (cell, other):
+            timed.pop("timing"), timed["train"].pop("best_round")
+        assert cell == other
+    assert len({cell["evaluate"]["global"]["nll"] for cell in at_once.values()}) == 5
+
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name("fedcoe").experiment_id])
+    rows = [r.data.tags["row"] for r in runs if r.data.tags["role"] == "cell"]
+    assert sorted(rows) == ["default", "no-head", "other-experts", "patches", "uniform"]
 
 
 @pytest.mark.slow
