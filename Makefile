@@ -6,6 +6,8 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 STAMP := .venv/.installed
+# Two processes, each with whole files of tests: much of a test is waiting for servers.
+PARALLEL := -n 2 --dist loadfile
 COMPARISONS = $(filter-out attack privacy,$(patsubst results/%/cells,%,$(wildcard results/*/cells)))
 
 help:  ## Show this help
@@ -30,10 +32,10 @@ down: install  ## Stop what `make up` started
 	fedcoe down
 
 test: install  ## The whole test suite
-	python -m pytest
+	python -m pytest $(PARALLEL)
 
 test-fast: install  ## Tests that take seconds
-	python -m pytest -m 'not slow and not browser'
+	python -m pytest $(PARALLEL) -m 'not slow and not browser'
 
 lint: install  ## Formatting, rules, types; known vulnerabilities of dependencies
 	ruff format --check .
