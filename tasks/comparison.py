@@ -313,12 +313,17 @@ def curves(comparison: Comparison) -> dict[tuple[str, str], pd.DataFrame]:
 
 
 def comparison_figures(comparison: Comparison, lines: pd.DataFrame) -> dict[str, Figure]:
-    """Curves over rounds and over bytes, and the paired differences; by file name."""
+    """Curves over rounds and over bytes, the reference's pool on its first seed, and the paired
+    differences; by file name."""
     mean = curves(comparison)
     drawn = {
         f"curves-{axis}": figures.comparison_curves(mean, comparison.reference, axis=axis)
         for axis in ("rounds", "bytes")
     }
+    own = (c for c in comparison.cells if (c["method"], c["row"]) == comparison.reference)
+    clients = next((c["clients"] for c in own if "gate_1" in c["clients"][0]), None)
+    if clients:  # cells from before this was told have none
+        drawn["pool"] = figures.pool_heatmaps(pd.DataFrame(clients))
     gaps = differences(lines, comparison.reference)
     if len(gaps):
         drawn["differences"] = figures.comparison_differences(

@@ -43,6 +43,9 @@ ACCURACY = LinearSegmentedColormap.from_list("accuracy", ["#f0f6f2", "#7cbb9d", 
 _HUES = ("#b8560f", "#1b8a5a", "#a04f86", "#8a7a00", "#4b4f58", "#3aa0c8", "#c23b3b", "#7a5a3a")
 _LOOKS = [(hue, dashes) for dashes in ("-", (0, (4, 1.5)), (0, (1, 1))) for hue in _HUES]
 
+POOL = {"correlation": "Correlation", "gate": "Gate"}
+"""What of a client is told for every expert: prefix of columns, and title."""
+
 WIDTH = 4.4  # inches: at 8.5 pt still legible on a phone, where a figure is about as wide
 MAX_ROWS = 40  # more clients than this share rows, as means of neighbours
 MAX_COLUMNS = 40
@@ -154,6 +157,37 @@ def correlation_heatmap(clients: pd.DataFrame) -> Figure:
         figure,
         f"Correlation of {len(values)} clients with {values.shape[1]} experts. Clients that belong "
         f"most to each expert: {', '.join(f'{m}: {n}' for m, n in enumerate(share))}.",
+    )
+
+
+@style.context(_STYLE, after_reset=True)
+def pool_heatmaps(clients: pd.DataFrame) -> Figure:
+    """Correlation c[k, m] beside the gate's mean over the client's test images.
+
+    Args:
+        clients: one row a client; columns client, correlation_0..M-1 and gate_0..M-1 (both sum to
+            1). Clients are ordered by the expert they belong to most.
+    """
+    panels = {title: _matrix(clients, f"{what}_") for what, title in POOL.items()}
+    rows = _gather(_by_largest(panels[POOL["correlation"]]))
+    figure = Figure(figsize=(WIDTH, _height(len(rows))))
+    figure.set_layout_engine("constrained", wspace=0.02)
+    said: list[str] = []
+    for axes, (title, values) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        experts = values.shape[1]
+        names = _row_names(list(clients["client"]), rows) if not said else []
+        mesh = _heatmap(
+            axes, _means(values, rows), BELONGING, names, [str(m) for m in range(experts)]
+        )
+        axes.set_title(f"{title}, %", color=INK)
+        axes.set_xlabel("expert")
+        if experts > MAX_VALUES:
+            _scale(figure, mesh, [axes], title.lower())
+        said.append(f"{title}: {', '.join(f'{v:.0%}' for v in values.mean(axis=0))}")
+    return _settled(
+        figure,
+        f"Correlation of {len(clients)} clients with the experts, and the gate's mean on their "
+        f"test images. Means over clients, expert by expert: {'; '.join(said)}.",
     )
 
 

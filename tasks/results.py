@@ -153,7 +153,9 @@ def write_figures(
 
 
 def _scored(run: Run, evaluation: Evaluation, new: Sequence[NewClient]) -> dict[str, Any]:
-    told = ("client", "samples", "accuracy_global", "accuracy")
+    told = ["client", "samples", "accuracy_global", "accuracy"]
+    if run.method.has_gate:
+        told += [f"{what}_{m}" for what in figures.POOL for m in range(run.method.experts)]
     served = new_client_rows(new, run.data)
     return {
         "evaluate": evaluation_figures(run.settings, evaluation),

@@ -106,6 +106,7 @@ def test_tables_have_a_row_a_client_and_a_row_an_expert(make_method):
     assert [row["client"] for row in found.clients] == list(method.federation.names)
     row = found.clients[5]
     assert (row["correlation_0"], row["correlation_1"]) == (0.2, 0.8)
+    assert row["gate_0"] == row["gate_1"] == pytest.approx(0.5)  # without a gate: uniform
     assert (row["expert_accuracy_0"], row["expert_accuracy_1"]) == (1.0, 0.0)
     assert row["samples"] == method.federation.train_counts[5]
     first, second = found.experts

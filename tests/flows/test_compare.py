@@ -188,6 +188,10 @@ def test_a_comparison_trains_once_tracks_its_rows_and_is_drawn_again_from_its_ce
     assert "few_shot" in cell["cold_start"] and "few_shot" not in cell["reweighted"]["cold_start"]
     assert "reweighted" not in json.loads(before["cells/fedcoe-all-seed1.json"])
 
+    client = json.loads(before["cells/fedcoe-all-seed0.json"])["clients"][0]
+    assert client["gate_0"] + client["gate_1"] == pytest.approx(1.0, abs=1e-4) != client["gate_0"]
+    assert "pool.png" in before and "gate_0" not in before["cells/local-all-seed0.json"].decode()
+
     for path in folder.iterdir():
         if path.is_file():
             path.unlink()

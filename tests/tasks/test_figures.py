@@ -14,6 +14,7 @@ from tasks.figures import (
     correlation_heatmap,
     expert_client_accuracy,
     learning_curves,
+    pool_heatmaps,
     to_svg,
 )
 
@@ -34,6 +35,8 @@ CLIENTS = pd.DataFrame(
         "accuracy": [0.9, 0.8, 0.7],
         "correlation_0": [0.1, 0.9, 0.6],
         "correlation_1": [0.9, 0.1, 0.4],
+        "gate_0": [0.3, 0.6, 0.5],
+        "gate_1": [0.7, 0.4, 0.5],
         "expert_accuracy_0": [0.2, 0.8, 0.5],
         "expert_accuracy_1": [0.7, 0.1, 0.4],
     }
@@ -55,6 +58,7 @@ def every_figure() -> dict[str, Figure]:
     return {
         "curves": learning_curves(CURVES, CURVES),
         "correlation": correlation_heatmap(CLIENTS),
+        "pool": pool_heatmaps(CLIENTS),
         "accuracy": expert_client_accuracy(CLIENTS),
         "partition": clients_by_classes(counts, ["cat", "dog"], 2, names=["a", "b", "c"]),
     }
@@ -83,6 +87,17 @@ def test_correlation_heatmap_groups_clients_by_the_expert_they_belong_to_most() 
     figure = correlation_heatmap(CLIENTS)
     assert row_labels(figure) == ["b", "c", "a"]
     np.testing.assert_allclose(cells(figure), [[0.9, 0.1], [0.6, 0.4], [0.1, 0.9]])
+
+
+def test_pool_heatmaps_show_correlation_and_gate_in_the_same_rows() -> None:
+    figure = pool_heatmaps(CLIENTS)
+    order = [1, 2, 0]
+    assert row_labels(figure) == ["b", "c", "a"] and row_labels(figure, 1) == []
+    np.testing.assert_array_equal(
+        cells(figure), CLIENTS[["correlation_0", "correlation_1"]].to_numpy()[order]
+    )
+    np.testing.assert_array_equal(cells(figure, 1), CLIENTS[["gate_0", "gate_1"]].to_numpy()[order])
+    assert "Correlation: 53%, 47%; Gate: 47%, 53%" in figure.get_label()
 
 
 def test_expert_accuracy_keeps_the_order_of_the_correlation_heatmap_and_adds_mixtures() -> None:
