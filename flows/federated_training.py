@@ -103,8 +103,8 @@ def federated_training(
         # No tags: the comparison could not reach its store, so its cells do not wait for it either.
         untracked = notes is not None and not tags
         tracking = Tracking() if untracked else start_tracking(run, {"role": role, **(tags or {})})
-        tracking.log_missed(resumed.history.rounds, resumed.history.curves)
         try:
+            tracking.log_missed(resumed.history.rounds, resumed.history.curves)
             path = folder / figures if figures else None
             with heeded():
                 headline = _train(run, tracking, settings, path, notes, resumed, again)

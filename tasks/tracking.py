@@ -300,8 +300,13 @@ def start_tracking(run: Run, tags: Mapping[str, str]) -> Tracking:
             described["alpha"] = f"{settings.partition.alpha:g}"
         memo, params = run.scratch / "mlflow-run", settings.model_dump(mode="json")
         tracking = _open(run.root, memo, name, described, params, _input(run, dvc_version))
-        tracking.send_all()
-        tracking.watch_machine()
+        try:
+            tracking.send_all()
+            tracking.watch_machine()
+        except BaseException as error:
+            if not isinstance(error, Exception):  # stopped before the first round
+                tracking.finish("KILLED")
+            raise
     return tracking
 
 
