@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def wait_for(process: Any, condition: Callable[[], Any], log: Path) -> None:
 def tracked(root: Path) -> list[str]:
     """The status of every MLflow run; none before MLflow has made its tables."""
     try:
-        with sqlite3.connect(f"file:{root}/.fedcoe/mlflow.db?mode=ro", uri=True) as database:
+        path = f"file:{root}/.fedcoe/mlflow.db?mode=ro"
+        with closing(sqlite3.connect(path, uri=True)) as database:
             return [status for [status] in database.execute("select status from runs")]
     except sqlite3.OperationalError:
         return []
@@ -149,7 +150,9 @@ def test_a_second_ctrl_c_ends_at_once(new_project: Callable[..., Path], prefect_
 
 @pytest.mark.slow
 def test_a_run_on_the_pool_ends_at_once_with_its_workers_when_prefect_says_so(
-    new_project: Callable[..., Path], prefect_api: str
+    new_project: Callable[..., Path],
+    prefect_api: str,
+    fedcoe_command: Callable[..., Any],
 ) -> None:
     import psutil
 
@@ -163,4 +166,6 @@ def test_a_run_on_the_pool_ends_at_once_with_its_workers_when_prefect_says_so(
         assert process.wait(timeout=25) != 0
         psutil.wait_procs(workers, timeout=5)
     assert not [worker for worker in workers if worker.is_running()]
+    # In the middle of a record that MLflow was writing, the last one waits in the outbox.
+    assert fedcoe_command(root, "sync").returncode == 0
     assert tracked(root) == ["KILLED"]
