@@ -169,7 +169,7 @@ def fedcoe_command() -> Callable[..., subprocess.CompletedProcess[str]]:
             env=inherited | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=400,
             check=False,
         )
 
@@ -214,7 +214,7 @@ def model_server(free_port: Callable[[], int]) -> Callable[..., AbstractContextM
             )
         try:
             address = f"http://127.0.0.1:{port}"
-            for _ in range(240):
+            for _ in range(1000):
                 try:
                     urllib.request.urlopen(f"{address}/ping", timeout=5)
                     break

@@ -310,7 +310,7 @@ def test_a_killed_comparison_loses_no_finished_cell(
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while len(list(cells.glob("*.json"))) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
@@ -321,7 +321,7 @@ def test_a_killed_comparison_loses_no_finished_cell(
     assert 3 <= len(kept) < 8 and not (root / "results/tiny/table.csv").exists()
     done = subprocess.run(
         command, cwd=root, env=environment | {"PREFECT_API_URL": prefect_api},
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     after = {path.name: path.read_bytes() for path in cells.glob("*.json")}

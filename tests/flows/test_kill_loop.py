@@ -71,7 +71,7 @@ class Killer:
             hit = None if instant is None else self._wait(root, process, instant)
             if hit is not None:
                 os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait(timeout=180)
+            code = process.wait(timeout=500)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

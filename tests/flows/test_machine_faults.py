@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,12 +220,10 @@ def test_the_commands_that_write_models_are_refused_while_another_does(
     root = new_project(train={"rounds": 1})
     with holder(root) as first:
         for command in (["train"], ["stage", "train"]):
-            started = time.monotonic()
             refused = fedcoe_command(root, *command)
             assert refused.returncode == 2
             [line] = refused.stderr.splitlines()
             assert f"(process {first.pid})" in line
-            assert time.monotonic() - started < 60
         assert not (root / "models").exists()
         # What writes other files is not.
         done = fedcoe_command(root, "stage", "baseline", PREFECT_API_URL=prefect_api)

@@ -50,7 +50,7 @@ def fedcoe(root: Path, *words: str, **given: str) -> subprocess.CompletedProcess
         | {"OMP_NUM_THREADS": "1", "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 

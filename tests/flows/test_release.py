@@ -163,7 +163,7 @@ def test_of_two_processes_that_release_at_once_one_wins(registry: Any) -> None:
             assert racer.stdin is not None
             racer.stdin.write("go\n")
             racer.stdin.flush()
-        said = [racer.communicate(timeout=60)[0] for racer in racers]
+        said = [racer.communicate(timeout=300)[0] for racer in racers]
     finally:
         for racer in racers:
             racer.kill()

@@ -159,7 +159,7 @@ print(json.dumps({"accuracy": round(float((p["none"].argmax(1) == y).mean()), 6)
     "said": said}))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, timeout=100,
+        [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, timeout=400,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -352,7 +352,7 @@ def test_a_trial_goes_on_when_its_process_is_killed(
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -413,7 +413,7 @@ def test_two_searches_and_two_workers_share_one_study_and_one_mlflow_run(
         text=True,
     ) as command:
         best = run_tune(tunable, "tune.trials=7", workers=2)
-        printed, said = command.communicate(timeout=60)
+        printed, said = command.communicate(timeout=300)
     assert command.returncode == 0, said
     assert said == ""
     assert best["dvc"] in printed

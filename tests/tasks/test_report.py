@@ -148,7 +148,7 @@ def test_report_opens_in_a_browser_without_errors_or_sideways_scrolling(
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=True,
     )
     found = dict(re.findall(r"([A-Z]+)=(\d+)", opened.stdout))
