@@ -149,12 +149,13 @@ def equal_images(cells: list[dict[str, Any]]) -> list[list[str]]:
     for cell in cells:
         within = [c for c in cell["curves"] if c["images"] <= budget.get(cell["seed"], 0)]
         if within:
-            found.setdefault((cell["method"], cell["row"]), []).append(within[-1])
+            last = within[-1]
+            if not cell["has_global"]:
+                last = {name: last[name] for name in ("round", CURVES["personalized"])}
+            found.setdefault((cell["method"], cell["row"]), []).append(last)
     lines = []
     for (method, row), rows in found.items():
         mean = pd.DataFrame(rows).mean()
-        if method == "local":
-            mean = mean.drop([CURVES[name] for name in MEASURES if name != "personalized"])
         seen = [shown(100 * mean.get(CURVES[name], math.nan)) for name in MEASURES]
         lines.append([method, row, shown(mean["round"], digits=0), *seen])
     return lines

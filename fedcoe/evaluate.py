@@ -152,10 +152,7 @@ def evaluate(
                 "personal_share": share,
             }
             | {f"correlation_{m}": float(v) for m, v in enumerate(state.correlation[c.client])}
-            | {
-                f"gate_{m}": float(v)
-                for m, v in enumerate(np.exp(method.log_gate(state, c.test)).mean(axis=0))
-            }
+            | {f"gate_{m}": float(v) for m, v in enumerate(method.mean_gate(state, c.test))}
             | {
                 f"expert_accuracy_{m}": float((logits.argmax(1) == c.test_labels).mean())
                 for m, logits in enumerate(c.test.experts)

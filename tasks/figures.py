@@ -172,18 +172,20 @@ def pool_heatmaps(clients: pd.DataFrame) -> Figure:
     rows = _gather(_by_largest(panels[POOL["correlation"]]))
     figure = Figure(figsize=(WIDTH, _height(len(rows))))
     figure.set_layout_engine("constrained", wspace=0.02)
-    said: list[str] = []
-    for axes, (title, values) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        experts = values.shape[1]
-        names = _row_names(list(clients["client"]), rows) if not said else []
-        mesh = _heatmap(
-            axes, _means(values, rows), BELONGING, names, [str(m) for m in range(experts)]
-        )
+    left, right = figure.subplots(1, 2)
+    names = {left: _row_names(list(clients["client"]), rows), right: []}
+    for axes, (title, values) in zip(names, panels.items(), strict=True):
+        experts = [str(m) for m in range(values.shape[1])]
+        mesh = _heatmap(axes, _means(values, rows), BELONGING, names[axes], experts)
         axes.set_title(f"{title}, %", color=INK)
         axes.set_xlabel("expert")
-        if experts > MAX_VALUES:
+        if len(experts) > MAX_VALUES:
             _scale(figure, mesh, [axes], title.lower())
-        said.append(f"{title}: {', '.join(f'{v:.0%}' for v in values.mean(axis=0))}")
+    _say_rows(left, rows)
+    said = [
+        f"{title}: {', '.join(f'{v:.0%}' for v in values.mean(axis=0))}"
+        for title, values in panels.items()
+    ]
     return _settled(
         figure,
         f"Correlation of {len(clients)} clients with the experts, and the gate's mean on their "

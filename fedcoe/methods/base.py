@@ -812,6 +812,10 @@ class Method:
         count, experts = scores.experts.shape[1], self.experts
         return np.full((count, experts), -np.log(experts))
 
+    def mean_gate(self, state: ServerState, scores: Scores) -> NDArray[np.float64]:
+        """[M] mean of the gate over a client's inputs."""
+        return np.asarray(np.exp(self.log_gate(state, scores)).mean(axis=0))
+
     def predict_global(self, state: ServerState, scores: Scores) -> Log:
         """[n, C] log probabilities, knowing nothing about the client."""
         if self.calibrated:

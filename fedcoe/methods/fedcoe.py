@@ -471,10 +471,6 @@ class FedCoE(Method):
         """Of the gate before calibration."""
         return 10.0 if self._analytic else 1.0
 
-    def _mean_gate(self, state: ServerState, scores: Scores) -> NDArray[np.float64]:
-        """[M] mean of the gate over a client's inputs."""
-        return np.asarray(np.exp(self.log_gate(state, scores)).mean(axis=0))
-
     @property
     def calibrated(self) -> bool:
         return True
@@ -487,7 +483,7 @@ class FedCoE(Method):
         }
 
     def correlation_unlabelled(self, state: ServerState, inputs: Scores) -> NDArray[np.float64]:
-        mean = self._mean_gate(state, inputs)[None]
+        mean = self.mean_gate(state, inputs)[None]
         return np.asarray(correlation.normalise(mean, self.settings.correlation_floor)[0])
 
     def correlation_labelled(

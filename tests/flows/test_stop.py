@@ -159,8 +159,7 @@ def test_a_run_on_the_pool_ends_at_once_with_its_workers_when_prefect_says_so(
     root = new_project()
     with started(root, ON_THE_POOL, PREFECT_API_URL=prefect_api) as process:
         python = psutil.Process(process.pid)
-        in_training = lambda: tracked(root) and python.children(recursive=True)  # noqa: E731
-        wait_for(process, in_training, root / "log")
+        wait_for(process, lambda: tracked(root) and python.children(recursive=True), root / "log")
         workers = python.children(recursive=True)
         process.terminate()
         assert process.wait(timeout=100) != 0

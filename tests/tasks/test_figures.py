@@ -123,6 +123,8 @@ def test_many_clients_share_rows_as_means() -> None:
     assert cells(figure).shape == (MAX_ROWS, 2)
     np.testing.assert_allclose(cells(figure)[0, 0], share[:4].mean())
     assert row_labels(figure) == [] and "160 clients" in figure.axes[0].get_ylabel()
+    pool = pool_heatmaps(many.assign(gate_0=share, gate_1=1 - share))
+    assert row_labels(pool) == [] and "160 clients" in pool.axes[0].get_ylabel()
 
 
 def test_many_classes_are_added_up_and_lose_no_sample() -> None:
