@@ -92,7 +92,7 @@ def finish_round(
         bytes_down=down,
         dropped=dict(sorted(total.dropped.items())),
         drift=[float(d) for d in drift(total)],
-        load_entropy=_evenness(load),
+        load_entropy=evenness(load),
         churn=float((state.dispatched[clients, experts] == 0).mean()) if state.round else 0.0,
     )
 
@@ -115,16 +115,16 @@ def evaluation_due(method: Method, state: ServerState) -> bool:
     return method.evaluation_due(state.round)
 
 
-def gate_clients(method: Method, state: ServerState, plan: RoundPlan) -> list[int]:
+def gate_clients(method: Method, round_: int) -> list[int]:
     """Clients of the gate update after a round; empty if none is due.
 
     Every seen client when an evaluation follows, the cohort when only `gate_every` asks for it.
     """
-    if not method.gate_due(state.round):
+    if not method.gate_due(round_):
         return []
-    if evaluation_due(method, state):
+    if method.evaluation_due(round_):
         return list(range(method.federation.clients))
-    return [order.client for order in plan.orders]
+    return method.cohort_of(round_)
 
 
 def train_round(
@@ -175,7 +175,8 @@ def finetune(engine: Engine, method: Method, state: ServerState) -> tuple[Server
     return personalized(state, engine.map(method.personalize, state.for_clients(), over=shards))
 
 
-def _evenness(load: Any) -> float:
+def evenness(load: Any) -> float:
+    """Entropy of [M] shares over log M; 1 = even."""
     if len(load) == 1:
         return 1.0
     positive = load[load > 0]

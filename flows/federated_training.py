@@ -22,6 +22,7 @@ from fedcoe.evaluate import Evaluation
 from fedcoe.methods.base import Federation, Method
 from fedcoe.methods.settings import method_class, settings_for
 from fedcoe.rounds import (
+    RoundRecord,
     evaluation_due,
     gate_clients,
     gate_view,
@@ -45,6 +46,7 @@ from tasks.results import run_figures, write_figures, write_models
 from tasks.run import Run, open_run
 from tasks.stop import Stopped, heeded, stop_if_asked
 from tasks.tracking import Tracking, register_models, start_tracking
+from tasks.trunk import keep_trunk, next_of_trunk
 
 
 def _name() -> str:
@@ -143,15 +145,25 @@ def _train(
     evaluated: Evaluated | None = None
     while state.round < settings.train.rounds:
         stop_if_asked(state.round, settings.train.rounds)
-        before = state
-        started, plan = time.perf_counter(), plan_round(method, state, run.engine)
-        rnd, sent = unmapped(plan.round), unmapped(state.for_clients())
-        trained = local_train.map(shared, rnd, _numbered(plan.shards), sent, plan.shards).result()
-        state, record = expert_aggregate(run, plan.round, state, plan, trained)
-        seconds = time.perf_counter() - started
+        before, started = state, time.perf_counter()
+        # Rounds that another cell of the comparison has made already are not made again.
+        made = next_of_trunk(run, state) if notes is not None else None
+        if made is not None:
+            state, (*passed, record) = made
+            for earlier in passed:
+                row = _add_round(method, history, state, earlier)
+                tracking.log_metrics(row, earlier.round)
+            speed = {}
+        else:
+            plan = plan_round(method, state, run.engine)
+            rnd, sent = unmapped(plan.round), unmapped(state.for_clients())
+            each = _numbered(plan.shards)
+            trained = local_train.map(shared, rnd, each, sent, plan.shards).result()
+            state, record = expert_aggregate(run, plan.round, state, plan, trained)
+            seconds = time.perf_counter() - started
+            speed = {"images_per_second": record.images / seconds, "train_seconds": seconds}
 
-        members = gate_clients(method, state, plan)
-        if members:
+        if members := gate_clients(method, state.round):
             state = _update_gate(run, before, state, members)
         spend(run, time.perf_counter() - started)
         due = evaluation_due(method, state)
@@ -162,16 +174,16 @@ def _train(
             last = state.round == settings.train.rounds
             spend(run, (time.perf_counter() - started) * last)
             record = replace(record, images=record.images + images * last)
-        row = history.add_round(record, method.gate_bytes(state, len(members)))
-        row |= {"images_per_second": record.images / seconds, "train_seconds": seconds}
-
+        row = _add_round(method, history, state, record) | speed
         if due:
             state, evaluation, new = evaluated = _evaluate(run, state)
             also = {**state.diagnostics, **method.privacy_spent(state)}
             # The round's own figures win over sums so far of the same name.
             row = history.add_evaluation(evaluation, new, also) | row
-        checkpoint(run, plan.round, state, history)
-        tracking.log_metrics(row, plan.round)
+        checkpoint(run, state.round, state, history)
+        if notes is not None and (due or state.round == method.trunk_rounds):
+            keep_trunk(run, state, history)
+        tracking.log_metrics(row, state.round)
         report_progress("round", **row)
     stop_if_asked(state.round, settings.train.rounds)
     # A run killed between its last checkpoint and its results evaluates the last state again.
@@ -182,6 +194,13 @@ def _train(
 
 
 Evaluated = tuple[ServerState, Evaluation, list[NewClient]]
+
+
+def _add_round(
+    method: Method, history: History, state: ServerState, record: RoundRecord
+) -> dict[str, Any]:
+    members = gate_clients(method, record.round)
+    return history.add_round(record, method.gate_bytes(state, len(members)))
 
 
 def _update_gate(
@@ -278,12 +297,10 @@ def _as_sent(
 ) -> dict[str, Any]:
     """A round's row with the bytes of another method's gate update in place of those sent."""
     row = dict(row)
-    if trained.gate_due(row["round"]):
-        every = trained.evaluation_due(row["round"])
-        clients = trained.federation.clients if every else row["cohort"]
-        sent, would = (method.gate_bytes(state, clients) for method in (trained, predicting))
-        row["bytes_up"] += would[0] - sent[0]
-        row["bytes_down"] += would[1] - sent[1]
+    clients = len(gate_clients(trained, row["round"]))
+    sent, would = (method.gate_bytes(state, clients) for method in (trained, predicting))
+    row["bytes_up"] += would[0] - sent[0]
+    row["bytes_down"] += would[1] - sent[1]
     return row
 
 

@@ -48,7 +48,7 @@ def validation_curve(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
         before, plan = state, plan_round(method, state, engine)
         results = engine.map(method.local_train, state.for_clients(), over=plan.shards)
         state, _ = finish_round(method, state, plan, results)
-        if members := gate_clients(method, state, plan):
+        if members := gate_clients(method, state.round):
             state = update_gate(engine, method, state, members, before)
         if evaluation_due(method, state):
             state, _ = finetune(engine, method, state)

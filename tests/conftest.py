@@ -22,7 +22,6 @@ from fedcoe.rounds import (
     evaluation_due,
     finetune,
     gate_clients,
-    plan_round,
     train_round,
     update_gate,
 )
@@ -168,9 +167,9 @@ def train() -> Callable[..., ServerState]:
     ) -> ServerState:
         state = state or method.init()
         for _ in range(rounds):
-            before, plan = state, plan_round(method, state, engine)
+            before = state
             state, _ = train_round(engine, method, state)
-            if members := gate_clients(method, state, plan):
+            if members := gate_clients(method, state.round):
                 state = update_gate(engine, method, state, members, before)
             if evaluation_due(method, state):
                 state, _ = finetune(engine, method, state)

@@ -442,9 +442,7 @@ def test_a_gate_update_of_the_cohort_is_never_sent_uncounted(make_private, engin
     method = make_private(train={"rounds": 6, "cohort": 0.5}, evaluate={"every": 4}, gate_every=1)
     sent = 0
     for round_ in range(1, 7):
-        state = replace(method.init(), round=round_)
-        plan = plan_round(method, replace(state, round=round_ - 1), engine)
-        sent += bool(gate_clients(method, state, plan))
+        sent += bool(gate_clients(method, round_))
     assert sent == method.privacy.planned.statistics == 6
 
 

@@ -291,17 +291,13 @@ def test_evaluation_is_due_every_so_often_and_at_the_end(make_method):
 def test_the_gate_is_updated_by_all_clients_before_an_evaluation_and_else_by_the_cohort(
     make_method,
 ):
-    orders = orders_of([(1, 0), (4, 1)])
-    plan = RoundPlan(1, orders, [orders])
-
-    def members(method, rnd):
-        return gate_clients(method, replace(method.init(), round=rnd), plan)
-
-    evaluate = {"every": 4}
-    method = make_method(evaluate=evaluate, train={"rounds": 9}, gate_every=3)
-    assert [members(method, r) for r in (1, 2, 3, 4, 9)] == [
-        [], [], [1, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5],
+    evaluate, everyone = {"every": 4}, [0, 1, 2, 3, 4, 5]
+    train = {"rounds": 9, "cohort": 0.34}
+    method = make_method(evaluate=evaluate, train=train, gate_every=3)
+    cohort = method.cohort(replace(method.init(), round=2))
+    assert len(cohort) == 2
+    assert [gate_clients(method, r) for r in (1, 2, 3, 4, 9)] == [
+        [], [], cohort, everyone, everyone,
     ]  # fmt: skip
-    never = make_method(evaluate=evaluate, train={"rounds": 9})
-    assert members(never, 3) == []
-    assert members(make_method(name="fedavg"), 4) == []
+    assert gate_clients(make_method(evaluate=evaluate, train=train), 3) == []
+    assert gate_clients(make_method(name="fedavg"), 4) == []

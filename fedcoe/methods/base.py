@@ -248,6 +248,15 @@ class Method:
         return int(getattr(self.settings, "finetune_epochs", 0))
 
     @property
+    def trunk_rounds(self) -> int:
+        """The first rounds in which this is FedAvg with its switches: one model, trained by all
+        of a cohort on nothing but their data, and no gate update that a later round depends on.
+
+        0 where that is not known. Trainings share such rounds (`fedcoe.trunk`).
+        """
+        return 0
+
+    @property
     def gate_every(self) -> int:
         """Gate updates also between evaluations, each this many rounds; 0 = none."""
         return int(getattr(self.settings, "gate_every", 0))

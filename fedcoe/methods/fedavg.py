@@ -18,3 +18,7 @@ class FedAvg(Method):
 
     Settings = FedAvgSettings
     private = True
+
+    @property
+    def trunk_rounds(self) -> int:
+        return 0 if self.privacy is not None else self.federation.settings.train.rounds

@@ -27,3 +27,7 @@ class FedAvgFT(Method):
     Settings = FedAvgFTSettings
     private = True
     shares = (1.0,)
+
+    @property
+    def trunk_rounds(self) -> int:
+        return 0 if self.privacy is not None else self.federation.settings.train.rounds

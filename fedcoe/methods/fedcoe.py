@@ -162,6 +162,19 @@ class FedCoE(Method):
         # The correlation, which dispatches, comes from the experts' losses alone.
         return found | {"gate", "gate_features", "coordination_head", "patch_filters", "ridge"}
 
+    @property
+    def trunk_rounds(self) -> int:
+        s, rounds = self.settings, self.federation.settings.train.rounds
+        if (
+            self.privacy is not None
+            or (s.personal_expert and not s.personal_epochs)  # trained in every round
+            or s.similarity == "updates"  # reported in the first
+            or s.gate == "neural"  # learns from update to update
+            or s.gate_before_aggregation  # fits experts of the round before
+        ):
+            return 0
+        return rounds if self.experts == 1 else min(s.branch_after, rounds)
+
     def inert(self) -> list[str]:
         found = super().inert()
         if self.experts == 1:
@@ -222,7 +235,7 @@ class FedCoE(Method):
         return correlation.normalise(c, s.correlation_floor)
 
     def dispatch(self, state: ServerState, cohort: Sequence[int]) -> list[Order]:
-        same = replace(state, correlation=np.full_like(state.correlation, 1 / self.experts))
+        same = replace(state, correlation=np.ones_like(state.correlation))
         if self._together(state.round + 1):
             return self.orders(same, cohort, np.zeros((len(cohort), 1), np.int64))
         rng = stream(self._seed, "dispatch", state.round + 1)

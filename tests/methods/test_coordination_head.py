@@ -13,7 +13,7 @@ from fedcoe.evaluate import evaluate, score_clients, score_global
 from fedcoe.methods.base import Scores
 from fedcoe.methods.settings import method_names
 from fedcoe.prediction import prior_from_counts
-from fedcoe.rounds import gate_clients, plan_round, update_gate
+from fedcoe.rounds import gate_clients, update_gate
 
 ALL = list(range(6))
 SMALL = {"experts": 2, "finetune_epochs": 1, "gate_features": 8}
@@ -153,10 +153,9 @@ def test_switched_off_nothing_of_it_is_left(make, make_engine, train, same_bytes
     for on in (True, False):
         method = make(name, on)
         engine = make_engine(build=method.build)
-        state = method.init()
-        updates[on] = method, gate_clients(method, state, plan_round(method, state, engine))
+        updates[on] = method
         states[on] = train(engine, method, 1)
-    method = updates[False][0]
+    method = updates[False]
     assert not method.settings.coordination_head and not method.coordinates
     assert not method.calibrated
     # Training does not notice the head.
@@ -164,11 +163,9 @@ def test_switched_off_nothing_of_it_is_left(make, make_engine, train, same_bytes
     assert set(states[True].extra) - set(states[False].extra) == {"head"}
     assert set(states[False].extra) == set(method.init().extra)
     assert (states[False].calibration, states[False].diagnostics) == ({}, {})
-    plan = plan_round(method, replace(states[False], round=0), engine)
-    assert gate_clients(method, states[False], plan) == []
+    assert gate_clients(method, 1) == []
     assert method.gate_bytes(states[False], 0) == (0, 0)
-    on = updates[True][0]
-    assert gate_clients(on, states[True], plan) == ALL
+    assert gate_clients(updates[True], 1) == ALL
 
 
 @pytest.mark.parametrize("name", method_names())

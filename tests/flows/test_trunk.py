@@ -1,0 +1,99 @@
+"""Rounds that trainings of a comparison have in common are trained once, with equal figures."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SETTINGS = (
+    "method.branch_after=3", "method.personal_epochs=1", "train.cohort=0.75", "faults.dropout=0.2",
+    "train.quorum=0.1",
+)  # fmt: skip
+NewProject = Callable[..., Path]
+
+
+def rounds_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rounds that are trained from now on."""
+    import flows.federated_training as module
+
+    plan, found = module.plan_round, []
+
+    def noted(method: Any, state: Any, engine: Any) -> Any:
+        found.append(state.round + 1)
+        return plan(method, state, engine)
+
+    monkeypatch.setattr(module, "plan_round", noted)
+    return found
+
+
+def cells(root: Path) -> dict[str, dict[str, Any]]:
+    return {p.stem: json.loads(p.read_text()) for p in root.glob("results/*/cells/*.json")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("methods", [("fedavg", "fedcoe"), ("fedcoe", "fedavg_ft")])
+def test_what_cells_share_is_trained_once_and_their_figures_are_those_of_trainings_apart(
+    new_project: NewProject,
+    prefect_api: str,
+    monkeypatch: pytest.MonkeyPatch,
+    methods: tuple[str, ...],
+) -> None:
+    from flows.compare import compare_methods
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    found = []
+    for shared in (True, False):
+        root = new_project(train={"rounds": 5}, method={"experts": 3, "gate_every": 1})
+        with monkeypatch.context() as patch:
+            trained = rounds_trained(patch)
+            if not shared:
+                patch.setattr("flows.federated_training.next_of_trunk", lambda *_: None)
+            compare_methods(str(root), SETTINGS, methods, [0], "both", ["all"])
+        found.append((trained, cells(root)))
+    (once, here), (apart, there) = found
+    assert apart == [*range(1, 6), *range(1, 6)]
+    # FedAvg keeps rounds 2 and 4, the pool 2 and 3.
+    again = range(3, 6) if methods[0] == "fedavg" else range(4, 6)
+    assert once == [*range(1, 6), *again]
+    assert here.keys() == there.keys() and len(here) == 2
+    for name, cell in here.items():
+        for each in (cell, there[name]):
+            assert each["timing"].pop("train_seconds") > 0
+        assert [row["round"] for row in cell["curves"]] == [2, 4, 5]
+        assert cell == there[name]
+
+
+@pytest.mark.slow
+def test_a_damaged_trunk_is_trained_again_and_one_of_other_code_goes(
+    new_project: NewProject, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.compare import compare_methods
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    root = new_project(train={"rounds": 4})
+    (root / ".fedcoe/trunks/0123456789abcdef").mkdir(parents=True)
+    options = {"overrides": SETTINGS, "seeds": [0], "rows": ["all"]}
+    compare_methods(str(root), methods=["fedavg"], name="first", **options)
+    [file] = root.glob(".fedcoe/trunks/*/*/*.safetensors")
+    assert file.stem == "000002" and not (root / ".fedcoe/trunks/0123456789abcdef").exists()
+    file.write_bytes(file.read_bytes()[:-9])
+    trained = rounds_trained(monkeypatch)
+    compare_methods(str(root), methods=["fedcoe"], name="second", **options)
+    assert trained == [1, 2, 3, 4]
+    assert len(cells(root)) == 2
+
+
+@pytest.mark.slow
+def test_trainings_outside_comparisons_neither_keep_nor_use_a_trunk(
+    new_project: NewProject, run_training: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = new_project(train={"rounds": 3})
+    run_training(root, SETTINGS, "fedavg", "cell.json", "partitions", {"row": "all"}, tracked=False)
+    [file] = root.glob(".fedcoe/trunks/*/*/*.safetensors")
+    trained = rounds_trained(monkeypatch)
+    run_training(root, SETTINGS, "fedavg", "figures.json", tracked=False)
+    assert trained == [1, 2, 3] and list(root.glob(".fedcoe/trunks/*/*/*")) == [file]
