@@ -449,7 +449,8 @@ def _progress(
             if "global_accuracy" in values:
                 figures["global"] = f"global {values['global_accuracy']:.1%}"
                 figures["own"] = f"personalized {values['personalized_accuracy']:.1%}"
-            figures["speed"] = f"{values['images_per_second']:,.0f} images/s"
+            if "images_per_second" in values:  # not for rounds that another cell has trained
+                figures["speed"] = f"{values['images_per_second']:,.0f} images/s"
             bar.update(line, completed=values["round"], figures="  ".join(figures.values()))
 
         token = LISTENER.set(listen)

@@ -148,12 +148,13 @@ def _train(
         before, started = state, time.perf_counter()
         # Rounds that another cell of the comparison has made already are not made again.
         made = next_of_trunk(run, state) if notes is not None else None
+        seconds, speed = 0.0, {}
         if made is not None:
             state, (*passed, record) = made
             for earlier in passed:
-                row = _add_round(method, history, state, earlier)
-                tracking.log_metrics(row, earlier.round)
-            speed = {}
+                _add_round(method, history, state, earlier)
+            tracking.log_missed(history.rounds, history.curves)
+            started = time.perf_counter()
         else:
             plan = plan_round(method, state, run.engine)
             rnd, sent = unmapped(plan.round), unmapped(state.for_clients())
@@ -165,14 +166,14 @@ def _train(
 
         if members := gate_clients(method, state.round):
             state = _update_gate(run, before, state, members)
-        spend(run, time.perf_counter() - started)
+        spend(run, seconds, time.perf_counter() - started - seconds)
         due = evaluation_due(method, state)
         if due and method.finetune_epochs:
             started = time.perf_counter()
             state, images = _personalize(run, state)
             # Earlier fine-tuning is for the curves only; it is no part of the method's work.
             last = state.round == settings.train.rounds
-            spend(run, (time.perf_counter() - started) * last)
+            spend(run, 0.0, (time.perf_counter() - started) * last)
             record = replace(record, images=record.images + images * last)
         row = _add_round(method, history, state, record) | speed
         if due:

@@ -208,22 +208,24 @@ def _leaving(run: Run) -> Path:
     return run.scratch.with_name(f".{run.scratch.name}.done")
 
 
-def spend(run: Run, seconds: float) -> None:
-    """Note time spent on training; beside the checkpoints, whose bytes must not tell time."""
+def spend(run: Run, training: float, other: float = 0.0) -> None:
+    """Note seconds of local training with aggregation, and of other work of the method; beside the
+    checkpoints, whose bytes must not tell time."""
     path = run.scratch / "seconds"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            file.write(f"{seconds:.6f}\n")
+            file.write(f"{training:.6f} {other:.6f}\n")
     except OSError as error:
         raise disk_fault(error, path) from None
 
 
-def spent(run: Run) -> float:
-    """Seconds of training so far, those before an interruption included."""
+def spent(run: Run) -> tuple[float, float]:
+    """Seconds of training and of other work so far, those before an interruption included."""
     path = run.scratch / "seconds"
-    total = 0.0
+    training = other = 0.0
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError):  # cut short by a full disk
-            total += float(line)
-    return total
+            now, beside = map(float, line.split())
+            training, other = training + now, other + beside
+    return training, other

@@ -143,7 +143,7 @@ def write_figures(
         "data_hash": run.data.dataset.info.hash,
         "partition_fingerprint": run.data.partition.fingerprint,
         "commit": git_commit(run.root),
-        "timing": {"train_seconds": spent(run), **_machine(run)},
+        "timing": {"train_seconds": sum(spent(run)), **_machine(run)},
     }
     if reweighted:
         values["reweighted"] = _scored(run, *reweighted)

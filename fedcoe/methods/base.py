@@ -249,8 +249,8 @@ class Method:
 
     @property
     def trunk_rounds(self) -> int:
-        """The first rounds in which this is FedAvg with its switches: one model, trained by all
-        of a cohort on nothing but their data, and no gate update that a later round depends on.
+        """The first rounds in which this is FedAvg with the same switches: one model, trained by
+        all of a cohort on nothing but their data, and no gate update that later rounds depend on.
 
         0 where that is not known. Trainings share such rounds (`fedcoe.trunk`).
         """

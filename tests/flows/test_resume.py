@@ -307,5 +307,5 @@ def test_results_that_are_written_are_forgotten_at_once_or_not_at_all(
 
 def test_a_time_that_a_full_disk_cut_short_does_not_end_a_run(root: Path) -> None:
     with opened(root) as run:
-        (run.scratch / "seconds").write_text("1.5\n2.\n0.2.5\n")
-        assert spent(run) == 3.5
+        (run.scratch / "seconds").write_text("1.5 0.5\n2. 1.\n0.2.5 1\n7\n")
+        assert spent(run) == (3.5, 1.5)

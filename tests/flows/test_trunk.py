@@ -67,6 +67,23 @@ def test_what_cells_share_is_trained_once_and_their_figures_are_those_of_trainin
 
 
 @pytest.mark.slow
+def test_a_comparison_at_a_terminal_shows_rounds_that_it_does_not_train(
+    new_project: NewProject, fedcoe_command: Callable[..., Any], prefect_api: str
+) -> None:
+    root = new_project(train={"rounds": 3})
+    words = [word for setting in SETTINGS for word in ("-S", setting)]
+    found = fedcoe_command(
+        root, "compare", "--methods", "fedcoe,fedavg", "--rows", "all", "--seeds", "0", *words,
+        PREFECT_API_URL=prefect_api, MLFLOW_TRACKING_URI="http://127.0.0.1:9",
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert "| fedavg | all | 1 |" in found.stdout
+    # The branch comes after the last round, so only the evaluation in round 2 is kept.
+    assert [p.stem for p in root.glob(".fedcoe/trunks/*/*/*")] == ["000002"]
+
+
+@pytest.mark.slow
 def test_a_damaged_trunk_is_trained_again_and_one_of_other_code_goes(
     new_project: NewProject, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,11 +97,12 @@ def test_a_damaged_trunk_is_trained_again_and_one_of_other_code_goes(
     compare_methods(str(root), methods=["fedavg"], name="first", **options)
     [file] = root.glob(".fedcoe/trunks/*/*/*.safetensors")
     assert file.stem == "000002" and not (root / ".fedcoe/trunks/0123456789abcdef").exists()
-    file.write_bytes(file.read_bytes()[:-9])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
     trained = rounds_trained(monkeypatch)
     compare_methods(str(root), methods=["fedcoe"], name="second", **options)
     assert trained == [1, 2, 3, 4]
-    assert len(cells(root)) == 2
+    assert len(cells(root)) == 2 and len(file.read_bytes()) == len(whole)
 
 
 @pytest.mark.slow
