@@ -92,7 +92,7 @@ class Mixture(Program):
         self.patches = method.patches
         # Reweighting to the uniform prior; what is constant over classes falls out.
         keep("experts_prior", np.log(method.trained_prior))
-        keep("head_prior", np.log(f.label_prior))
+        keep("head_prior", np.log(method.head_prior))
 
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.outputs(images)

@@ -17,7 +17,7 @@ from fedcoe.methods.settings import MethodSettings
 from fedcoe.rounds import RoundRecord, evenness
 from fedcoe.state import ServerState
 
-_PREDICTS = {"name", "reweighting", "coordination_head", "patch_filters", "ridge"}
+_PREDICTS = {"name", "reweighting", "coordination_head", "patch_filters", "balanced_head", "ridge"}
 """Switches of every method that decide nothing in a trunk."""
 
 

@@ -43,7 +43,10 @@ SWITCHES = (
     "reweighting",
     "coordination_head",
     "patch_filters",
+    "balanced_head",
 )
+OF_PARAMS = ("patch_filters", "balanced_head")
+"""Switches that row `all` has as params.yaml has them."""
 ABLATIONS = "ablations.yaml"
 
 
@@ -96,8 +99,8 @@ def row_settings(settings: Settings, method: str, row: str) -> Settings:
     """The settings of a method in a row.
 
     `plain` is the method as its authors left it: its own defaults, FedCoE without the switches.
-    `all` has every switch on, and the patch filters of params.yaml. A method that params.yaml names
-    keeps its other settings from there.
+    `all` has every switch on, patch filters and balanced head as in params.yaml. A method that
+    params.yaml names keeps its other settings from there.
 
     Raises:
         FedCoEError: no such method or row, or settings that exclude each other.
@@ -112,9 +115,8 @@ def row_settings(settings: Settings, method: str, row: str) -> Settings:
         # FedAdam's momentum is a moving average, not a heavy ball: more of it is not the switch.
         momentum = switches["server_momentum"]
         momentum = momentum if method == "fedadam" else max(momentum, 0.7)
-        filters = settings.method.patch_filters
-        switches = dict.fromkeys(switches, True)
-        switches |= {"server_momentum": momentum, "patch_filters": filters}
+        switches = dict.fromkeys(switches, True) | {"server_momentum": momentum}
+        switches |= {name: getattr(settings.method, name) for name in OF_PARAMS}
     elif method == "fedcoe":
         switches = dict.fromkeys(switches, False) | {"server_momentum": 0.0, "patch_filters": 0}
     named = settings.method.name == method

@@ -105,9 +105,10 @@ def check_footing(cells: Sequence[Values], folder: Path) -> None:
         if "order" not in cell:  # an ablation may change what it likes
             found |= {(key, ""): value for key, value in _footing(cell["settings"]).items()}
         if cell["row"] == "all":
-            # The one switch that has more settings than on and off.
-            filters = cell["settings"].get("method", {}).get("patch_filters", 0)
-            found[("method.patch_filters", "all")] = filters
+            # Switches that may be on or off in this row; left out of settings when off.
+            method = cell["settings"].get("method", {})
+            found[("method.patch_filters", "all")] = method.get("patch_filters", 0)
+            found[("method.balanced_head", "all")] = method.get("balanced_head", False)
         name = cell_name(cell["method"], cell["row"], cell["seed"])
         for what, value in found.items():
             before, known = first.setdefault(what, (name, value))

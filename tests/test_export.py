@@ -22,6 +22,7 @@ KINDS = {
     "no head": {"coordination_head": False},
     "uniform gate": {"gate": "uniform"},
     "patch features": {"patch_filters": 3},
+    "balanced head": {"balanced_head": True},
     "fedavg": {"name": "fedavg"},
     "fedavg with a head": {"name": "fedavg", "coordination_head": True},
 }

@@ -286,6 +286,10 @@ class Method:
         found = []
         if s.robust_clip and s.robust != "norm_clip":
             found.append(f"robust_clip: robust = {s.robust} has no such limit")
+        if s.balanced_head and not (self.closed_form and self.settings.coordination_head):
+            found.append("balanced_head: there is no coordination head")
+        if s.balanced_head and self.federation.settings.privacy.epsilon:
+            found.append("balanced_head: with privacy nobody knows how often a class occurs")
         if s.patch_filters and not self.closed_form:
             found.append(
                 "patch_filters: neither a coordination head nor an analytic gate sees them"
@@ -649,8 +653,16 @@ class Method:
             elif self.privacy is not None:
                 self.privacy.add(statistics, design, targets)
             else:
-                statistics.add(design, targets)
+                root = np.sqrt(self.class_weights[labels])[:, None]
+                statistics.add(root * design, root * targets)
         return message
+
+    @property
+    def class_weights(self) -> NDArray[np.float64]:
+        """[C] weights of samples in what is solved in closed form: 1, or 1 / (C prior) with
+        `balanced_head`; then each class weighs as much in all seen clients' data together."""
+        prior = self.federation.label_prior
+        return 1.0 / (len(prior) * prior) if self.settings.balanced_head else np.ones(len(prior))
 
     # ------------------------------------------------------------ prediction
 
@@ -706,6 +718,11 @@ class Method:
             return None
         vector = side.personal.load(client, last)
         return side.trainer.outputs(vector, images, self.batch_size)[0]
+
+    @property
+    def head_prior(self) -> NDArray[np.float64]:
+        """[C] label prior that the coordination head's scores assume."""
+        return self.uniform if self.settings.balanced_head else self.federation.label_prior
 
     @property
     def trained_prior(self) -> NDArray[np.float64]:
@@ -807,7 +824,7 @@ class Method:
         if scores.head is None:
             return log_p
         head = prediction.log_posterior(scores.head, calibration["head_sharpness"])
-        head = prediction.reweight(head, self.uniform, self.federation.label_prior)
+        head = prediction.reweight(head, self.uniform, self.head_prior)
         return prediction.interpolate(log_p, head, calibration["head"])
 
     def for_prior(self, log_p: Log, prior: NDArray[np.float64] | None) -> Log:

@@ -160,7 +160,9 @@ class FedCoE(Method):
             # Noise by message, a gate that learns from update to update, experts long gone.
             return found
         # The correlation, which dispatches, comes from the experts' losses alone.
-        return found | {"gate", "gate_features", "coordination_head", "patch_filters", "ridge"}
+        return found | {
+            "gate", "gate_features", "coordination_head", "patch_filters", "balanced_head", "ridge",
+        }  # fmt: skip
 
     @property
     def trunk_rounds(self) -> int:
@@ -405,6 +407,8 @@ class FedCoE(Method):
                     self.privacy.add(message.statistics, design, targets)
                     message.losses[client] = losses.mean(axis=0)
                     continue
+                root = np.sqrt(self.class_weights[labels])[:, None]
+                design, targets, q = root * design, root * targets, root * q
                 mine = Statistics.zeros(design.shape[1], self._targets)
                 mine.add(design, targets)
                 message.statistics.merge(mine)

@@ -46,6 +46,12 @@ class MethodSettings(BaseModel):
         "filters (Coates, Ng, 2011; fedcoe/patches.py); 0 = none",
         exclude_if=lambda value: value == 0,
     )
+    balanced_head: bool = Field(
+        False,
+        description="What is solved in closed form counts samples of every class as much as those "
+        "of any other, not as often as seen clients have it",
+        exclude_if=lambda value: not value,
+    )
     ridge: float = Field(
         1e-5, gt=0.0, le=100.0, description="Regularisation of what is solved in closed form"
     )

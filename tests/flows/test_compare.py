@@ -62,11 +62,13 @@ def test_a_method_keeps_its_other_settings_from_params_and_no_one_elses() -> Non
     )
 
 
-def test_patch_filters_of_params_are_for_every_methods_row_all() -> None:
-    settings = validate_settings({"method": {"name": "fedcoe", "patch_filters": 5}}, "test")
+def test_patches_and_balanced_head_of_params_are_for_every_methods_row_all() -> None:
+    chosen = {"patch_filters": 5, "balanced_head": True}
+    settings = validate_settings({"method": {"name": "fedcoe"} | chosen}, "test")
     for method in ("fedcoe", "fedavg", "ditto"):
-        assert row_settings(settings, method, "all").method.patch_filters == 5
-        assert row_settings(settings, method, "plain").method.patch_filters == 0
+        every, plain = (row_settings(settings, method, row).method for row in ("all", "plain"))
+        assert (every.patch_filters, every.balanced_head) == (5, True)
+        assert (plain.patch_filters, plain.balanced_head) == (0, False)
 
 
 def test_reweighting_trains_nothing_of_its_own(tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_reweighting_a_plain_training_gives_what_training_with_it_gives(
 PREDICTED = """\
 heads:
   - {label: no head, overrides: {method.coordination_head: false}}
-  - {label: patches, overrides: {method.patch_filters: 5, method.ridge: 0.001}}
+  - {label: patches, overrides: {method.patch_filters: 5, method.balanced_head: true}}
   - {label: uniform, overrides: {method.gate: uniform, method.coordination_head: false}}
   - {label: other experts, overrides: {method.balanced_softmax: false}}
 """

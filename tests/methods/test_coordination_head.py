@@ -97,6 +97,44 @@ def test_with_several_experts_the_head_is_on_all_their_features(make, engine):
     np.testing.assert_allclose(found, design @ expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["fedavg", "fedcoe"])
+def test_a_balanced_head_is_that_of_classes_repeated_until_all_are_as_frequent(make, engine, name):
+    strength = 1e-3
+    method, usual = (make(name, balanced_head=on, ridge=strength) for on in (True, False))
+    side = engine.run(lambda side: side)
+    state = noisy(method.init())
+    design, _ = pooled_ridge(method, side, state, strength)
+    labels = np.concatenate([side.data.train(k)[1] for k in ALL])
+    counts = np.bincount(labels, minlength=4)
+    assert len(set(counts)) > 1
+    every = counts.prod()
+    gram, targets = np.zeros((design.shape[1],) * 2), np.zeros((design.shape[1], 4))
+    for c in range(4):
+        mine = design[labels == c]
+        times = every // counts[c]
+        gram += times * mine.T @ mine
+        targets[:, c] = times * mine.sum(axis=0)
+    gram += strength * every * 4 * np.eye(len(gram))
+    found = update_gate(engine, method, state, ALL).extra["head"]
+    # The prior behind the weights gives every class a tenth of a sample more.
+    np.testing.assert_allclose(found, np.linalg.solve(gram, targets), rtol=0, atol=2e-3)
+    assert np.abs(found - update_gate(engine, usual, state, ALL).extra["head"]).max() > 2e-2
+    assert method.head_prior.tolist() == [0.25] * 4
+    np.testing.assert_allclose(usual.head_prior, counts / counts.sum(), atol=1e-3)
+
+
+def test_a_balanced_head_without_a_head_or_with_privacy_is_said_to_be_inert(
+    make_method, make_federation
+):
+    assert any("balanced_head" in s for s in make_method(name="fedavg", balanced_head=True).inert())
+    on = {"name": "fedavg", "balanced_head": True, "coordination_head": True}
+    assert not make_method(**on).inert()
+    private = make_federation(method=on, privacy={"epsilon": 8.0, "delta": 0.01})
+    method = type(make_method(**on))(private)
+    assert any("balanced_head" in s for s in method.inert())
+    assert method.class_weights.tolist() == [1.0] * 4
+
+
 def test_how_clients_are_dealt_to_workers_does_not_change_a_bit(method, side):
     state = method.init()
 

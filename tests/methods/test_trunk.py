@@ -87,4 +87,5 @@ def test_what_decides_training_decides_the_trunk(make_federation, other):
 
     assert of() != of(**other)
     predicts = {"coordination_head": True, "reweighting": True, "ridge": 0.1, "patch_filters": 4}
+    predicts |= {"balanced_head": True}
     assert of() == of(predicts) == of(evaluate={"every": 2}, runtime={"workers": 2})

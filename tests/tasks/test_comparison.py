@@ -245,7 +245,8 @@ def test_curves_name_their_axes_and_leave_out_of_bytes_what_sends_nothing() -> N
     assert list(drawn["curves-bytes"].axes[1].lines[0].get_xdata()) == [4.0, 8.0]
 
 
-def test_rows_with_every_switch_are_refused_beside_others_with_other_patch_filters(tmp_path):
+@pytest.mark.parametrize("changed", [{"patch_filters": 400}, {"balanced_head": True}])
+def test_rows_with_every_switch_are_refused_beside_others_with_other_heads(tmp_path, changed):
     def write(*cells):
         for cell in cells:
             path = tmp_path / "cells" / f"{cell['method']}-{cell['row']}-seed0.json"
@@ -256,9 +257,9 @@ def test_rows_with_every_switch_are_refused_beside_others_with_other_patch_filte
         make_cell(method, row, 0, [0.5, 0.7])
         for method, row in (("fedcoe", "all"), ("fedavg", "plain"), ("fedavg", "all"))
     )
-    ours["settings"]["method"] = {"patch_filters": 400}
+    ours["settings"]["method"] = changed
     write(ours, plain)
     assert len(load_cells(tmp_path)) == 2
     write(rival)
-    with pytest.raises(FedCoEError, match=r"method\.patch_filters = \d+ and \d+"):
+    with pytest.raises(FedCoEError, match=rf"method\.{next(iter(changed))} = \w+ and \w+"):
         load_cells(tmp_path)
