@@ -105,9 +105,10 @@ def test_every_ablation_of_the_repository_is_possible_and_changes_something(name
         "all",
     )
     assert len({cell.row for cell in cells}) == len(cells)
-    # A sweep names its default once more, params.yaml has no patches: not trained twice.
+    # A sweep names its default once more, params.yaml has no patches and no balanced head: not
+    # trained twice.
     same = [cell.row for cell in changed if cell.key("") == default.key("")]
-    assert set(same) <= {"m-4", "k-1", "no-patch-features"}
+    assert set(same) <= {"m-4", "k-1", "no-patch-features", "no-balanced-head"}
 
 
 def test_all_ablations_are_the_union_of_the_sets() -> None:
