@@ -5,23 +5,26 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tasks.comparison import COMPARED
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from headline import MEASURES, Figures, targets, verdict
+from headline import Figures, Found, targets, verdict
 
 
-def rows(**accuracies: float) -> Figures:
-    """Every measure of `method_row` has the same mean."""
+def lines(**accuracies: float | list[float]) -> Figures:
+    """Every measure of `method_row` has the same value, or one a seed."""
     table = [
-        {"method": key.split("_")[0], "row": key.split("_")[1]}
-        | dict.fromkeys(MEASURES.values(), value)
-        for key, value in accuracies.items()
+        {"method": key.split("_")[0], "row": key.split("_")[1], "seed": seed}
+        | dict.fromkeys(COMPARED, value)
+        for key, values in accuracies.items()
+        for seed, value in enumerate(values if isinstance(values, list) else [values])
     ]
     return Figures(pd.DataFrame(table))
 
 
 def test_margins_are_to_the_rival_that_each_target_names() -> None:
-    f = rows(
+    f = lines(
         fedcoe_all=70.0,
         fedcoe_plain=99.0,
         fedavg_plain=60.0,
@@ -31,7 +34,7 @@ def test_margins_are_to_the_rival_that_each_target_names() -> None:
         centralized_plain=72.0,
         centralized_reweighting=99.0,
     )
-    found = {what: (need, value) for what, need, value in targets("cifar10-dir01", f)}
+    found = {what: (need, value.mean) for what, need, value in targets("cifar10-dir01", f)}
     assert found["global accuracy"] == (72.0, 70.0)
     assert found["global: over the best rival in any row (fedavg + all)"] == (0.0, 1.5)
     assert found["global over Centralized"] == (-3.0, -2.0)
@@ -41,6 +44,21 @@ def test_margins_are_to_the_rival_that_each_target_names() -> None:
     assert found["global: the pool over one expert (fedavg + all)"] == (2.0, 1.5)
     rotated = {what: need for what, need, _ in targets("cifar10-rot4", f)}
     assert rotated["unlabelled: the pool over one expert (fedavg + all)"] == 5.0
+    need, value = found["labels: the pool over one expert (fedavg + all)"]
+    assert math.isnan(need) and value == 1.5
+
+
+def test_margins_are_paired_by_seed_and_take_seeds_that_both_have() -> None:
+    f = lines(fedcoe_all=[70.0, 50.0, 40.0], centralized_plain=72.0, fedavg_all=[69.0, 47.0])
+    assert f.over(("centralized", "plain"), "global")[::3] == (-2.0, 1)
+    mean, low, high, seeds = f.over(("fedavg", "all"), "global")
+    # t(0.975, 1) = 12.706; the deviation of 1 and 3 is sqrt(2), their error 1.
+    assert (mean, seeds) == (2.0, 2)
+    assert (low, high) == pytest.approx((2.0 - 12.706, 2.0 + 12.706), abs=1e-3)
+    assert f.ours["global"].seeds == 3 and f.ours["global"].mean == pytest.approx(53.333, abs=1e-3)
+    # The rival that leaves least, not the one with the highest mean on other seeds.
+    gap, who = f.over_best("global", ("all", "plain"))
+    assert (gap.mean, who) == (2.0, "fedavg + all")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +68,7 @@ def test_margins_are_to_the_rival_that_each_target_names() -> None:
         (2.0, 1.25, "missed by 0.75"),
         (-3.0, -4.0, "missed by 1.00"),
         (2.0, math.nan, "not measured"),
+        (math.nan, 1.0, "no target"),
     ],
 )
 def test_a_target_without_cells_is_neither_met_nor_missed(
@@ -59,4 +78,6 @@ def test_a_target_without_cells_is_neither_met_nor_missed(
 
 
 def test_without_a_cell_of_fedcoe_nothing_is_found() -> None:
-    assert all(math.isnan(v) for _, _, v in targets("fashion-dir01", rows(local_plain=90.0)))
+    f = lines(local_plain=90.0)
+    assert all(math.isnan(found.mean) for _, _, found in targets("fashion-dir01", f))
+    assert f.over(("local", "plain"), "global") == Found()
