@@ -226,8 +226,8 @@ def main() -> None:
             ]
             for what, need, found in targets(setup, Figures(seeds))
         ]
-        head_ = ["target", "at least", "found", "95 % interval", "seeds", ""]
-        said.append(f"\n{markdown(head_, lines)}")
+        named = ["target", "at least", "found", "95 % interval", "seeds", ""]
+        said.append(f"\n{markdown(named, lines)}")
         if same := equal_images(cells):
             said.append(
                 "\nAt equal images trained (plain FedAvg's). A row cut short has not lowered its "

@@ -127,6 +127,12 @@ def gate_clients(method: Method, round_: int) -> list[int]:
     return method.cohort_of(round_)
 
 
+def gate_traffic(method: Method, state: ServerState, round_: int) -> tuple[int, int]:
+    """Bytes (up, down) of the gate update after a round over all its clients; 0 if none is due."""
+    clients = gate_clients(method, round_)
+    return method.gate_bytes(state, len(clients)) if clients else (0, 0)
+
+
 def train_round(
     engine: Engine, method: Method, state: ServerState
 ) -> tuple[ServerState, RoundRecord]:

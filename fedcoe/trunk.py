@@ -13,12 +13,9 @@ import numpy as np
 
 from fedcoe.config import Settings
 from fedcoe.methods.base import Method
-from fedcoe.methods.settings import MethodSettings
+from fedcoe.methods.settings import PREDICTION, MethodSettings
 from fedcoe.rounds import RoundRecord, evenness
 from fedcoe.state import ServerState
-
-_PREDICTS = {"name", "reweighting", "coordination_head", "patch_filters", "balanced_head", "ridge"}
-"""Switches of every method that decide nothing in a trunk."""
 
 
 def trunk_settings(settings: Settings) -> dict[str, Any]:
@@ -30,7 +27,7 @@ def trunk_settings(settings: Settings) -> dict[str, Any]:
             "runtime": {"workers"},
         },
     )  # fmt: skip
-    every = set(MethodSettings.model_fields) - _PREDICTS
+    every = set(MethodSettings.model_fields) - PREDICTION - {"name"}
     return named | {"method": settings.method.model_dump(mode="json", include=every)}
 
 

@@ -22,6 +22,7 @@ from fedcoe.methods.settings import method_class, method_names
 from flows.federated_training import Again, federated_training
 from flows.pipeline import partition_once
 from tasks.comparison import (
+    OF_PARAMS,
     Comparison,
     cell_name,
     check_footing,
@@ -45,8 +46,6 @@ SWITCHES = (
     "patch_filters",
     "balanced_head",
 )
-OF_PARAMS = ("patch_filters", "balanced_head")
-"""Switches that row `all` has as params.yaml has them."""
 ABLATIONS = "ablations.yaml"
 
 

@@ -25,6 +25,7 @@ from fedcoe.rounds import (
     RoundRecord,
     evaluation_due,
     gate_clients,
+    gate_traffic,
     gate_view,
     personalized,
     plan_round,
@@ -200,8 +201,7 @@ Evaluated = tuple[ServerState, Evaluation, list[NewClient]]
 def _add_round(
     method: Method, history: History, state: ServerState, record: RoundRecord
 ) -> dict[str, Any]:
-    members = gate_clients(method, record.round)
-    return history.add_round(record, method.gate_bytes(state, len(members)))
+    return history.add_round(record, gate_traffic(method, state, record.round))
 
 
 def _update_gate(
@@ -298,8 +298,7 @@ def _as_sent(
 ) -> dict[str, Any]:
     """A round's row with the bytes of another method's gate update in place of those sent."""
     row = dict(row)
-    clients = len(gate_clients(trained, row["round"]))
-    sent, would = (method.gate_bytes(state, clients) for method in (trained, predicting))
+    sent, would = (gate_traffic(m, state, row["round"]) for m in (trained, predicting))
     row["bytes_up"] += would[0] - sent[0]
     row["bytes_down"] += would[1] - sent[1]
     return row

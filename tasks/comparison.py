@@ -19,6 +19,7 @@ from scipy import stats
 
 from fedcoe.durable import write_atomic
 from fedcoe.errors import FedCoEError
+from fedcoe.methods.settings import MethodSettings
 from tasks import figures
 from tasks.results import write_csv
 
@@ -40,6 +41,8 @@ WINS = "win rate"
 COSTS = {"MB a round": 2, "images": 0, "seconds": 1}
 """What a training cost, with the digits to show."""
 COMPARED = (*ACCURACIES, WINS)
+OF_PARAMS = ("patch_filters", "balanced_head")
+"""Switches that row `all` has as params.yaml has them, so that they differ between comparisons."""
 ONLY_IN_CSV = {"few-shot"}  # it trains, so it must not stand beside what does not
 
 
@@ -105,10 +108,10 @@ def check_footing(cells: Sequence[Values], folder: Path) -> None:
         if "order" not in cell:  # an ablation may change what it likes
             found |= {(key, ""): value for key, value in _footing(cell["settings"]).items()}
         if cell["row"] == "all":
-            # Switches that may be on or off in this row; left out of settings when off.
             method = cell["settings"].get("method", {})
-            found[("method.patch_filters", "all")] = method.get("patch_filters", 0)
-            found[("method.balanced_head", "all")] = method.get("balanced_head", False)
+            for switch in OF_PARAMS:  # left out of settings when off
+                off = MethodSettings.model_fields[switch].default
+                found[(f"method.{switch}", "all")] = method.get(switch, off)
         name = cell_name(cell["method"], cell["row"], cell["seed"])
         for what, value in found.items():
             before, known = first.setdefault(what, (name, value))

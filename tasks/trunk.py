@@ -10,7 +10,7 @@ from fedcoe.config import fingerprint_of
 from fedcoe.durable import sweep
 from fedcoe.engine.trainer import native_bf16
 from fedcoe.errors import FedCoEError
-from fedcoe.rounds import RoundRecord, gate_clients
+from fedcoe.rounds import RoundRecord, gate_traffic
 from fedcoe.state import ServerState, load_state, save_state
 from fedcoe.trunk import cut, onward, trunk_settings
 from tasks.checkpoint import History, spend, spent
@@ -44,12 +44,11 @@ def keep_trunk(run: Run, state: ServerState, history: History) -> None:
         if other != folder.parent:  # of other code
             shutil.rmtree(other, ignore_errors=True)
     sweep(folder)
-    up, down = method.gate_bytes(state, 1)
     records = []
     for row in history.rounds:
-        sent = len(gate_clients(method, row["round"]))
-        bytes_ = {"bytes_up": row["bytes_up"] - sent * up}
-        records.append(row | bytes_ | {"bytes_down": row["bytes_down"] - sent * down})
+        up, down = gate_traffic(method, state, row["round"])
+        bare = {"bytes_up": row["bytes_up"] - up, "bytes_down": row["bytes_down"] - down}
+        records.append(row | bare)
     # Only time is lost without it.
     with suppress(FedCoEError):
         save_state(path, cut(state), records=records, seconds=spent(run)[0])

@@ -438,7 +438,7 @@ def test_what_a_gate_update_publishes_is_solved_of_noised_sums(make_private, eng
     assert not np.allclose(exact, noised, atol=0.01)
 
 
-def test_a_gate_update_of_the_cohort_is_never_sent_uncounted(make_private, engine):
+def test_a_gate_update_of_the_cohort_is_never_sent_uncounted(make_private):
     method = make_private(train={"rounds": 6, "cohort": 0.5}, evaluate={"every": 4}, gate_every=1)
     sent = 0
     for round_ in range(1, 7):

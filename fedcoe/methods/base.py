@@ -221,6 +221,8 @@ class Method:
     """Whether what a client keeps on disk is a model that it predicts with."""
     keeps_trained: ClassVar[bool] = False
     """Whether a client keeps its trained copy of an expert as its personal model."""
+    is_fedavg: ClassVar[bool] = False
+    """Whether its rounds are those of FedAvg with the same switches."""
     private: ClassVar[bool] = False
     """Whether all its clients send is bounded and noised where `privacy` asks for it."""
 
@@ -254,7 +256,8 @@ class Method:
 
         0 where that is not known. Trainings share such rounds (`fedcoe.trunk`).
         """
-        return 0
+        shared = self.is_fedavg and self.privacy is None
+        return self.federation.settings.train.rounds if shared else 0
 
     @property
     def gate_every(self) -> int:
@@ -286,14 +289,11 @@ class Method:
         found = []
         if s.robust_clip and s.robust != "norm_clip":
             found.append(f"robust_clip: robust = {s.robust} has no such limit")
-        if s.balanced_head and not (self.closed_form and self.settings.coordination_head):
-            found.append("balanced_head: there is no coordination head")
         if s.balanced_head and self.federation.settings.privacy.epsilon:
             found.append("balanced_head: with privacy nobody knows how often a class occurs")
-        if s.patch_filters and not self.closed_form:
-            found.append(
-                "patch_filters: neither a coordination head nor an analytic gate sees them"
-            )
+        for name in ("patch_filters", "balanced_head"):
+            if getattr(s, name) and not self.closed_form:
+                found.append(f"{name}: there is neither a coordination head nor an analytic gate")
         if faults.attack_statistics and not self.coordinates:
             found.append(
                 "faults.attack_statistics: without a coordination head or gate none are sent"
@@ -653,16 +653,20 @@ class Method:
             elif self.privacy is not None:
                 self.privacy.add(statistics, design, targets)
             else:
-                root = np.sqrt(self.class_weights[labels])[:, None]
-                statistics.add(root * design, root * targets)
+                statistics.add(*self.weighed(labels, design, targets))
         return message
 
-    @property
-    def class_weights(self) -> NDArray[np.float64]:
-        """[C] weights of samples in what is solved in closed form: 1, or 1 / (C prior) with
-        `balanced_head`; then each class weighs as much in all seen clients' data together."""
+    def weighed(
+        self, labels: NDArray[np.int64], *rows: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], ...]:
+        """Arrays [n, ...] as they enter sums of products: with `balanced_head`, samples count
+        1 / (C prior), so that all seen clients' samples of a class weigh as much together as those
+        of any other."""
+        if not self.settings.balanced_head:
+            return rows
         prior = self.federation.label_prior
-        return 1.0 / (len(prior) * prior) if self.settings.balanced_head else np.ones(len(prior))
+        root = np.sqrt(1.0 / (len(prior) * prior[labels]))[:, None]
+        return tuple(root * part for part in rows)
 
     # ------------------------------------------------------------ prediction
 

@@ -18,7 +18,4 @@ class FedAvg(Method):
 
     Settings = FedAvgSettings
     private = True
-
-    @property
-    def trunk_rounds(self) -> int:
-        return 0 if self.privacy is not None else self.federation.settings.train.rounds
+    is_fedavg = True

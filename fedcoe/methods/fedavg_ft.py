@@ -26,8 +26,5 @@ class FedAvgFT(Method):
 
     Settings = FedAvgFTSettings
     private = True
+    is_fedavg = True
     shares = (1.0,)
-
-    @property
-    def trunk_rounds(self) -> int:
-        return 0 if self.privacy is not None else self.federation.settings.train.rounds

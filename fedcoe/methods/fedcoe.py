@@ -32,7 +32,7 @@ from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit, Trainer
 from fedcoe.exact_sum import ExactSum
 from fedcoe.methods.base import GateMessage, LocalResult, Method, Order, Scores
-from fedcoe.methods.settings import MethodSettings
+from fedcoe.methods.settings import PREDICTION, MethodSettings
 from fedcoe.models.flat import Vector
 from fedcoe.prediction import Log
 from fedcoe.privacy import Messages
@@ -160,9 +160,7 @@ class FedCoE(Method):
             # Noise by message, a gate that learns from update to update, experts long gone.
             return found
         # The correlation, which dispatches, comes from the experts' losses alone.
-        return found | {
-            "gate", "gate_features", "coordination_head", "patch_filters", "balanced_head", "ridge",
-        }  # fmt: skip
+        return found | PREDICTION | {"gate", "gate_features"}
 
     @property
     def trunk_rounds(self) -> int:
@@ -407,8 +405,7 @@ class FedCoE(Method):
                     self.privacy.add(message.statistics, design, targets)
                     message.losses[client] = losses.mean(axis=0)
                     continue
-                root = np.sqrt(self.class_weights[labels])[:, None]
-                design, targets, q = root * design, root * targets, root * q
+                design, targets, q = self.weighed(labels, design, targets, q)
                 mine = Statistics.zeros(design.shape[1], self._targets)
                 mine.add(design, targets)
                 message.statistics.merge(mine)

@@ -78,6 +78,12 @@ class MethodSettings(BaseModel):
     )
 
 
+PREDICTION = frozenset(
+    {"reweighting", "coordination_head", "patch_filters", "balanced_head", "ridge"}
+)
+"""Of these, what only decides how trained experts predict, as long as no method learns from it."""
+
+
 def method_names() -> list[str]:
     """Names of all methods: the files of this package."""
     package = importlib.import_module("fedcoe.methods")

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from fedcoe.state import load_state
 
 SETTINGS = (
     "method.branch_after=3", "method.personal_epochs=1", "train.cohort=0.75", "faults.dropout=0.2",
@@ -97,12 +100,20 @@ def test_a_damaged_trunk_is_trained_again_and_one_of_other_code_goes(
     compare_methods(str(root), methods=["fedavg"], name="first", **options)
     [file] = root.glob(".fedcoe/trunks/*/*/*.safetensors")
     assert file.stem == "000002" and not (root / ".fedcoe/trunks/0123456789abcdef").exists()
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-9])
+    state, notes = load_state(file)
+    file.write_bytes(file.read_bytes()[:-9])
     trained = rounds_trained(monkeypatch)
     compare_methods(str(root), methods=["fedcoe"], name="second", **options)
     assert trained == [1, 2, 3, 4]
-    assert len(cells(root)) == 2 and len(file.read_bytes()) == len(whole)
+    assert len(cells(root)) == 2
+    again, made = load_state(file)
+    assert made["seconds"] > 0 and len(made["records"]) == 2
+    for mine, theirs in zip(made["records"], notes["records"], strict=True):
+        # Of the pool's own there are drift and load of an expert that nobody trained.
+        assert mine["drift"] == [*theirs["drift"], 0.0]
+        assert mine | {"drift": 0, "load_entropy": 0} == theirs | {"drift": 0, "load_entropy": 0}
+    for name in ("experts", "momentum", "dispatched"):
+        assert np.array_equal(getattr(again, name), getattr(state, name))
 
 
 @pytest.mark.slow

@@ -129,10 +129,13 @@ def test_a_balanced_head_without_a_head_or_with_privacy_is_said_to_be_inert(
     assert any("balanced_head" in s for s in make_method(name="fedavg", balanced_head=True).inert())
     on = {"name": "fedavg", "balanced_head": True, "coordination_head": True}
     assert not make_method(**on).inert()
+    # An analytic gate is solved from the same sums.
+    assert not make_method(balanced_head=True, coordination_head=False).inert()
     private = make_federation(method=on, privacy={"epsilon": 8.0, "delta": 0.01})
     method = type(make_method(**on))(private)
     assert any("balanced_head" in s for s in method.inert())
-    assert method.class_weights.tolist() == [1.0] * 4
+    (same,) = method.weighed(np.arange(4), np.eye(4))
+    assert same.tolist() == np.eye(4).tolist()
 
 
 def test_how_clients_are_dealt_to_workers_does_not_change_a_bit(method, side):
@@ -187,13 +190,13 @@ def test_every_method_takes_a_head_but_local(make, make_engine, train, name):
 
 @pytest.mark.parametrize("name", [n for n in method_names() if n not in ("local", "fedcoe")])
 def test_switched_off_nothing_of_it_is_left(make, make_engine, train, same_bytes, name):
-    states, updates = {}, {}
+    states, methods = {}, {}
     for on in (True, False):
         method = make(name, on)
         engine = make_engine(build=method.build)
-        updates[on] = method
+        methods[on] = method
         states[on] = train(engine, method, 1)
-    method = updates[False]
+    method = methods[False]
     assert not method.settings.coordination_head and not method.coordinates
     assert not method.calibrated
     # Training does not notice the head.
@@ -203,7 +206,7 @@ def test_switched_off_nothing_of_it_is_left(make, make_engine, train, same_bytes
     assert (states[False].calibration, states[False].diagnostics) == ({}, {})
     assert gate_clients(method, 1) == []
     assert method.gate_bytes(states[False], 0) == (0, 0)
-    assert gate_clients(updates[True], 1) == ALL
+    assert gate_clients(methods[True], 1) == ALL
 
 
 @pytest.mark.parametrize("name", method_names())
