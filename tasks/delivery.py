@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedcoe.locks import Lock
 from tasks.outbox import Outbox, Place, Record, outboxes
 
 if TYPE_CHECKING:
@@ -145,7 +146,9 @@ class _Sender:
         from mlflow import MlflowClient
 
         self.box, self.refuse, self.hurried = box, refuse, hurried
-        self.client: MlflowClient = MlflowClient(store)
+        # The first to open a new database makes its tables; two at once would trip over each other.
+        with Lock(box.folder.parent):
+            self.client: MlflowClient = MlflowClient(store)
         self.place = box.place(store)
 
     def send(self) -> None:

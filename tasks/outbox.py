@@ -64,8 +64,8 @@ class Outbox:
             self._keys = {key for record, _ in self.read() for key in keys(record)}
         return key in self._keys
 
-    def put(self, record: Record) -> None:
-        """Append a record; it is on the disk when this returns."""
+    def put(self, record: Record) -> int:
+        """Append a record; it is on the disk when this returns. Returns the place after it."""
         line = json.dumps(record).encode() + b"\n"
         with self._writing:
             new = not self._records.exists()
@@ -78,11 +78,13 @@ class Outbox:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
+                end = file.tell()
             if new:
                 for folder in (self.folder, self.folder.parent):
                     sync(folder)
             if self._keys is not None:
                 self._keys |= keys(record)
+        return end
 
     def read(self, offset: int = 0) -> Iterator[tuple[Record, int]]:
         """Records from a place on, each with the place after it; torn lines are left out."""

@@ -168,9 +168,11 @@ class Tracking:
             if self._machine is not None:
                 self._machine.stop()
                 self._machine = None
-            self.box.put({"kind": "status", "status": status, "time": _now()})
+            end = self.box.put({"kind": "status", "status": status, "time": _now()})
             self.send(insist=True)
-            if waiting := self.box.waiting(self.store):
+            waiting = self.box.waiting(self.store)
+            # What another search of this study put since, that one will send.
+            if waiting and self.box.place(self.store).offset < end:
                 self._warn("MLflow: %d %s", waiting.total(), LATER)
             else:
                 self.send_all()

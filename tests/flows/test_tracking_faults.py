@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 
 from tasks.delivery import deliver
 from tasks.outbox import Outbox
+from tasks.tracking import Tracking
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -273,6 +274,66 @@ def test_what_arrived_before_a_lost_note_does_not_arrive_twice(tmp_path: Path, s
     (box.folder / "sent").unlink()
     deliver(box, store, never)
     assert logged(store) == first
+
+
+SENDER = """
+import sys, time
+from pathlib import Path
+import mlflow.store.tracking.sqlalchemy_store
+from tasks.delivery import deliver
+from tasks.outbox import Outbox
+root, name, store = sys.argv[1:]
+(Path(root) / f"ready-{name}").touch()
+while not (Path(root) / "go").exists():
+    time.sleep(0.01)
+deliver(Outbox(Path(root), name), store, print)
+"""
+
+
+def test_runs_that_open_a_new_store_together_all_arrive(tmp_path: Path) -> None:
+    """MLflow makes the tables of a new SQLite file; of two at that, one failed."""
+    store, names = f"sqlite:///{tmp_path}/new.db", ("a", "b", "c")
+    for name in names:
+        run = {"kind": "run", "name": name, "store": store, "memo": None, "time": 1}
+        Outbox(tmp_path, name).put(run | {"tags": {}, "params": {}})
+    senders = [
+        subprocess.Popen(
+            [sys.executable, "-c", SENDER, str(tmp_path), name, store],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for name in names
+    ]  # fmt: skip
+    while len(list(tmp_path.glob("ready-*"))) < len(names):
+        assert all(sender.poll() is None for sender in senders)
+        time.sleep(0.1)
+    (tmp_path / "go").touch()
+    for sender in senders:
+        printed, said = sender.communicate(timeout=120)
+        assert sender.returncode == 0 and printed == "", said
+    client = MlflowClient(store)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    assert {run.info.run_name for run in client.search_runs(experiments)} == set(names)
+
+
+def test_a_run_whose_end_has_arrived_says_nothing_of_what_another_search_put_since(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box, told = small_box(tmp_path, store), []
+    tracking = Tracking(box, store)
+    monkeypatch.setattr(tracking, "_warn", lambda text, *values: told.append(text % values))
+    more = {"kind": "metrics", "time": 4, "step": 3, "values": {"loss": 0.3}}
+
+    def deliver_and_more(*args: Any, **kwargs: Any) -> None:
+        deliver(*args, **kwargs)
+        box.put(more)
+
+    monkeypatch.setattr("tasks.tracking.deliver", deliver_and_more)
+    tracking.finish("FINISHED")
+    assert told == []
+
+    monkeypatch.setattr("tasks.tracking.deliver", lambda *_, **__: None)
+    tracking.finish("FINISHED")
+    assert len(told) == 1 and told[0].startswith("MLflow: 1 records wait")
 
 
 def test_a_record_that_mlflow_never_takes_is_said_and_the_rest_is_sent(
