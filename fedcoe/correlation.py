@@ -30,6 +30,23 @@ def hellinger(label_counts: NDArray[np.integer]) -> Matrix:
     return np.asarray(np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)))
 
 
+def feature_shift(means: Matrix, label_counts: NDArray[np.integer], class_means: Matrix) -> Matrix:
+    """How clients' inputs differ where their labels do not: the mean of a client's features, less
+    what a federation-wide client of its label mix would have, at length one.
+
+    Args:
+        means: [S, D] of each client's features under one common model.
+        label_counts: [S, C] of the samples they are means of.
+        class_means: [C, D] of the features of all these samples, by class.
+
+    Returns:
+        [S, D] points for `from_similarity`.
+    """
+    mix = label_counts / label_counts.sum(axis=1, keepdims=True)
+    shift = means - mix @ class_means
+    return np.asarray(shift / np.maximum(np.linalg.norm(shift, axis=1, keepdims=True), 1e-12))
+
+
 def from_similarity(
     points: Matrix, experts: int, sharpness: float, rng: np.random.Generator, rounds: int = 20
 ) -> Matrix:

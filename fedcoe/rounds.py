@@ -118,11 +118,12 @@ def evaluation_due(method: Method, state: ServerState) -> bool:
 def gate_clients(method: Method, round_: int) -> list[int]:
     """Clients of the gate update after a round; empty if none is due.
 
-    Every seen client when an evaluation follows, the cohort when only `gate_every` asks for it.
+    Every seen client when an evaluation follows or the method needs them all, the cohort when only
+    `gate_every` asks for it.
     """
     if not method.gate_due(round_):
         return []
-    if method.evaluation_due(round_):
+    if method.everybody_reports(round_):
         return list(range(method.federation.clients))
     return method.cohort_of(round_)
 
@@ -130,7 +131,7 @@ def gate_clients(method: Method, round_: int) -> list[int]:
 def gate_traffic(method: Method, state: ServerState, round_: int) -> tuple[int, int]:
     """Bytes (up, down) of the gate update after a round over all its clients; 0 if none is due."""
     clients = gate_clients(method, round_)
-    return method.gate_bytes(state, len(clients)) if clients else (0, 0)
+    return method.gate_bytes(state, len(clients), round_) if clients else (0, 0)
 
 
 def train_round(

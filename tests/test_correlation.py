@@ -43,6 +43,42 @@ def test_hellinger_points_have_hellinger_distances():
     np.testing.assert_array_equal(points[3], 0.0)
 
 
+def test_feature_shift_by_hand():
+    counts, by_class = np.array([[3, 1], [0, 4], [1, 1]]), np.array([[4.0, 0.0], [0.0, 8.0]])
+    expected = np.array([[3.0, 2.0], [0.0, 8.0], [2.0, 4.0]])
+    off = np.array([[0.0, 5.0], [-0.3, 0.4], [0.0, 0.0]])
+    shift = correlation.feature_shift(expected + off, counts, by_class)
+    np.testing.assert_allclose(shift, [[0.0, 1.0], [-0.6, 0.8], [0.0, 0.0]], atol=1e-12)
+
+
+def test_feature_shift_finds_groups_that_label_mixes_hide():
+    rng = np.random.default_rng(0)
+    group, of_class, of_group = (
+        np.arange(12) % 3,
+        *rng.standard_normal((2, 10, 32)) * [[[3]], [[0.3]]],
+    )
+    labels = [rng.choice(10, 200, p=rng.dirichlet(np.full(10, 0.3))) for _ in group]
+    features = [
+        of_class[y] + of_group[g] + rng.standard_normal((200, 32))
+        for g, y in zip(group, labels, strict=True)
+    ]
+    counts = np.stack([np.bincount(y, minlength=10) for y in labels])
+    means, stacked = np.stack([f.mean(axis=0) for f in features]), np.concatenate(features)
+    every = np.concatenate(labels)
+    by_class = np.stack([stacked[every == c].mean(axis=0) for c in range(10)])
+
+    def together(points):
+        c = correlation.from_similarity(points, 3, 4.0, np.random.default_rng(0))
+        owner = c.argmax(axis=1)
+        return (owner[:, None] == owner).astype(int)
+
+    truth = (group[:, None] == group).astype(int)
+    shift = correlation.feature_shift(means, counts, by_class)
+    np.testing.assert_array_equal(together(shift), truth)
+    raw = means - means.mean(axis=0)
+    assert not np.array_equal(together(raw / np.linalg.norm(raw, axis=1, keepdims=True)), truth)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 25), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1))
 def test_dispatch_gives_each_client_k_experts_and_each_expert_its_capacity(n, m, k, seed):

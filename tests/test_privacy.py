@@ -463,6 +463,7 @@ def test_methods_whose_messages_are_not_all_bounded_are_refused(make_private):
     [
         ({"gate": "neural", "coordination_head": False}, "gate = neural"),
         ({"similarity": "updates"}, "similarity = updates"),
+        ({"similarity": "features", "branch_after": 1}, "similarity = features sends means"),
         ({"dispatch": "label_clusters"}, "label_clusters"),
         ({"name": "fedavg", "robust": "median"}, "robust = median"),
     ],

@@ -352,7 +352,11 @@ class Method:
     def gate_due(self, round_: int) -> bool:
         """Whether there is a gate update after a round."""
         also = self.gate_every > 0 and round_ % self.gate_every == 0
-        return self.coordinates and (also or self.evaluation_due(round_))
+        return self.coordinates and (also or self.everybody_reports(round_))
+
+    def everybody_reports(self, round_: int) -> bool:
+        """Whether all seen clients, not just the cohort, take part in a gate update then."""
+        return self.evaluation_due(round_)
 
     @property
     def coordinates(self) -> bool:
@@ -925,18 +929,21 @@ class Method:
         size = 4 * state.experts.shape[1]
         return models * (size + 4), models * size
 
-    def gate_bytes(self, state: ServerState, clients: int) -> tuple[int, int]:
-        """Bytes (up, down) of one gate update with this many clients."""
+    def gate_bytes(self, state: ServerState, clients: int, round_: int) -> tuple[int, int]:
+        """Bytes (up, down) of the gate update after a round with this many clients."""
         size = 4 * state.experts.size
         return clients * message_bytes(self.design_width, self.federation.classes), clients * size
 
     @property
     def design_width(self) -> int:
         """Columns of the design matrix."""
+        return self.columns(self.feature_width)
+
+    @property
+    def feature_width(self) -> int:
+        """D, an expert's penultimate features."""
         f = self.federation
-        return self.columns(
-            self.build(f.settings.model.name, f.shape, f.classes, 0).head.in_features
-        )
+        return int(self.build(f.settings.model.name, f.shape, f.classes, 0).head.in_features)
 
     def columns(self, width: int) -> int:
         """`design_width`, given the number of an expert's features."""

@@ -14,7 +14,8 @@ personal expert. A new client is served from the pool with no training.
 
 Communicated, a round: K experts down and up. A gate update: M experts down; up the sums F'F, F'Q,
 F'Y (analytic) or the gate's parameters (neural), and M mean losses. Label counts once, unless
-`similarity` is not `labels` and neither `balanced_softmax` nor `reweighting` is on.
+`similarity` needs none and neither `balanced_softmax` nor `reweighting` is on. With `similarity:
+features`, once: the mean of a client's features, and their sums by class.
 """
 
 from collections.abc import Sequence
@@ -50,10 +51,11 @@ class FedCoESettings(MethodSettings):
     reweighting: bool = True
     experts: int = Field(4, ge=1, le=64, description="M, global experts")
     experts_per_client: int = Field(1, ge=1, le=64, description="K, experts a client trains")
-    similarity: Literal["labels", "updates", "none"] = Field(
+    similarity: Literal["labels", "features", "updates", "none"] = Field(
         "labels",
-        description="What seeds the correlation: label counts, or first-round updates where "
-        "counts must stay private, or nothing",
+        description="What seeds the correlation: label counts; or how clients' mean features under "
+        "the common model, when it branches, differ from what their label counts let expect; or "
+        "first-round updates where counts must stay private; or nothing",
     )
     similarity_sharpness: float = Field(4.0, ge=0.0, le=100.0)
     correlation_momentum: float = Field(0.5, ge=0.0, lt=1.0)
@@ -114,6 +116,10 @@ class FedCoESettings(MethodSettings):
             raise ValueError(
                 f"experts_per_client = {self.experts_per_client}: at most experts = {self.experts}"
             )
+        if self.similarity == "features" and not self.branch_after:
+            raise ValueError(
+                "similarity: features compares clients under one common model; set branch_after"
+            )
         if self.coordination_head and self.gate == "neural":
             raise ValueError(
                 "coordination_head needs gate: analytic (it shares its statistics); "
@@ -135,6 +141,10 @@ class FedCoEMessage(GateMessage):
     """[inputs, M] sum of clients' own gates on shared inputs, for the inconsistency."""
     entropies: dict[int, float] = field(default_factory=dict)
     """Client to the mean entropy of its own gate on the shared inputs."""
+    features: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    """Client to the [D] mean of its features under the common model, when it branches."""
+    class_features: ExactSum = field(default_factory=lambda: ExactSum.zeros(0))
+    """[C, D] sum of clients' features by class, then."""
 
     def merge(self, other: GateMessage) -> None:
         super().merge(other)
@@ -144,6 +154,8 @@ class FedCoEMessage(GateMessage):
         self.losses |= other.losses
         self.shared.merge(other.shared)
         self.entropies |= other.entropies
+        self.features |= other.features
+        self.class_features.merge(other.class_features)
 
 
 class FedCoE(Method):
@@ -191,8 +203,9 @@ class FedCoE(Method):
         s, reasons = self.settings, super().unaccounted()
         if s.gate == "neural":
             reasons.append("method.gate = neural sends weights nobody has bounded; use analytic")
-        if s.similarity == "updates":
-            reasons.append("method.similarity = updates sends sketches; use labels or none")
+        if s.similarity in ("updates", "features"):
+            sent = {"updates": "sketches", "features": "means of features"}[s.similarity]
+            reasons.append(f"method.similarity = {s.similarity} sends {sent}; use labels or none")
         if s.dispatch == "label_clusters":
             reasons.append("method.dispatch = label_clusters reads label counts")
         if s.branch_after and s.experts_per_client > 1:
@@ -270,6 +283,24 @@ class FedCoE(Method):
             after = replace(after, correlation=c)
         return after
 
+    def _grouped(self, state: ServerState, message: FedCoEMessage) -> ServerState:
+        """Clients whose features differ alike from what their labels let expect share an expert."""
+        clients = sorted(message.features)
+        counts = self.federation.label_counts[clients]
+        by_class = message.class_features.value() / np.maximum(counts.sum(axis=0), 1)[:, None]
+        means = np.stack([message.features[k] for k in clients])
+        c = state.correlation.copy()
+        c[clients] = self._similar(correlation.feature_shift(means, counts, by_class))
+        return replace(state, correlation=c)
+
+    def _parts_after(self, round_: int) -> bool:
+        """Whether clients report their features after this round."""
+        s = self.settings
+        return s.similarity == "features" and self.experts > 1 and round_ == s.branch_after
+
+    def everybody_reports(self, round_: int) -> bool:
+        return super().everybody_reports(round_) or self._parts_after(round_)
+
     def _together(self, round_: int) -> bool:
         """Whether the experts are still one model in this round."""
         branch = self.settings.branch_after
@@ -300,6 +331,8 @@ class FedCoE(Method):
         losses = np.stack([total.losses[k] for k in clients])
         if self._together(state.round):
             # All losses are equal and would only wash out what similarity says.
+            if total.features:
+                state = self._grouped(state, total)
             return replace(state, diagnostics={"gate_messages_dropped": dropped})
         diagnostics = {"gate_messages_dropped": dropped}
         if self.privacy is not None:
@@ -384,6 +417,10 @@ class FedCoE(Method):
         else:
             # Weighted by n_k: a coarser grid, for larger sums.
             message.parameters = ExactSum.zeros(state.extra["gate"].shape, bits=30)
+        parting = self._parts_after(state.round)
+        if parting:
+            shape = (self.federation.classes, self.feature_width)
+            message.class_features = ExactSum.zeros(shape, bits=30)
         for client in clients:
             images, labels = side.data.train(client)
             logits, design = self.forward(trainer, state, images, self._analytic)
@@ -400,6 +437,11 @@ class FedCoE(Method):
                     # Its absence would be one more message.
                     message.losses[client] = np.zeros(self.experts)
                 continue
+            if parting:
+                features = trainer.outputs(state.experts[0], images, self.batch_size, True)[1]
+                assert features is not None
+                message.class_features.add(y.T @ features.astype(np.float64))
+                message.features[client] = features.mean(axis=0, dtype=np.float64)
             if message.statistics is not None:
                 if self.privacy is not None:
                     self.privacy.add(message.statistics, design, targets)
@@ -509,12 +551,14 @@ class FedCoE(Method):
 
     # ------------------------------------------------------------- accounting
 
-    def gate_bytes(self, state: ServerState, clients: int) -> tuple[int, int]:
+    def gate_bytes(self, state: ServerState, clients: int, round_: int) -> tuple[int, int]:
         experts, parameters = state.experts.shape
         if self.settings.gate == "neural":
             up = 4 * (state.extra["gate"].size + experts)
         else:
             up = message_bytes(self.design_width, self._targets) + 4 * experts
+        if self._parts_after(round_):
+            up += 4 * (self.federation.classes + 1) * self.feature_width
         return clients * up, clients * 4 * experts * parameters
 
 

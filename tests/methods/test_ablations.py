@@ -188,7 +188,7 @@ def test_without_a_coordination_head_there_are_only_gates(make_method, engine, t
     targets = 2
     d = 2 * 8 + 1
     up = 4 * (d * (d + 1) // 2 + d * targets) + 4 * 2
-    assert method.gate_bytes(state, 3) == (3 * up, 3 * state.experts.nbytes)
+    assert method.gate_bytes(state, 3, 1) == (3 * up, 3 * state.experts.nbytes)
 
 
 def test_the_gate_can_be_fitted_to_the_experts_as_they_were_before_the_round(make_method, engine):

@@ -205,7 +205,7 @@ def test_switched_off_nothing_of_it_is_left(make, make_engine, train, same_bytes
     assert set(states[False].extra) == set(method.init().extra)
     assert (states[False].calibration, states[False].diagnostics) == ({}, {})
     assert gate_clients(method, 1) == []
-    assert method.gate_bytes(states[False], 0) == (0, 0)
+    assert method.gate_bytes(states[False], 0, 1) == (0, 0)
     assert gate_clients(methods[True], 1) == ALL
 
 
@@ -339,7 +339,7 @@ def test_gate_bytes_by_hand(make):
         up = 4 * (d * (d + 1) // 2 + d * 4)
         down = 4 * models * state.experts.shape[1]
         assert method.design_width == d
-        assert method.gate_bytes(state, 3) == (3 * up, 3 * down)
+        assert method.gate_bytes(state, 3, 1) == (3 * up, 3 * down)
 
 
 def test_an_exported_head_predicts_the_same(method, engine, train, tmp_path):

@@ -6,9 +6,10 @@ from scipy.special import softmax
 
 from fedcoe import correlation, neural_gate
 from fedcoe.analytic import design_matrix, message_bytes, projections
+from fedcoe.errors import FedCoEError
 from fedcoe.methods.base import Order, Scores
 from fedcoe.prediction import sample_losses
-from fedcoe.rounds import finetune, plan_round, train_round, update_gate
+from fedcoe.rounds import finetune, gate_clients, plan_round, train_round, update_gate
 from fedcoe.streams import stream
 
 ALL = [0, 1, 2, 3, 4, 5]
@@ -238,7 +239,7 @@ def test_diagnostics_and_clients_order_do_not_change_the_gate(make_method, side)
 def test_gate_bytes_are_those_of_the_message(make_method, side):
     method = make_method(experts=2, gate_features=8)
     state = method.init()
-    up, down = method.gate_bytes(state, 3)
+    up, down = method.gate_bytes(state, 3, 1)
     message = method.gate_message(side, state, [0])
     assert up == 3 * (message_bytes(*message.statistics.targets.total.shape) + 4 * 2)
     assert down >= 3 * state.experts.nbytes
@@ -318,7 +319,7 @@ def test_a_whole_round_runs_with_a_neural_gate(make_method, engine, train):
     assert scores.head is None
     np.testing.assert_allclose(np.exp(method.log_gate(state, scores)).sum(axis=1), 1.0)
     np.testing.assert_allclose(np.exp(method.predict_global(state, scores)).sum(axis=1), 1.0)
-    up, down = method.gate_bytes(state, 2)
+    up, down = method.gate_bytes(state, 2, 1)
     assert (up, down) == (2 * 4 * (state.extra["gate"].size + 2), 2 * state.experts.nbytes)
 
 
@@ -480,6 +481,54 @@ def test_before_they_branch_losses_do_not_wash_out_similarity(make_method, engin
     assert "gate" in updated.extra
     later = train(engine, pool, 1, updated)
     assert not np.array_equal(update_gate(engine, pool, later, ALL).correlation, state.correlation)
+
+
+@pytest.mark.parametrize("gate", [{}, {"gate": "neural", "coordination_head": False}])
+def test_when_they_branch_clients_with_alike_inputs_share_an_expert(
+    make_method, side, train, engine, monkeypatch, gate
+):
+    own = {"rounds": 9, "cohort": 0.5}
+    method = make_method(similarity="features", branch_after=2, train=own, **gate)
+    np.testing.assert_array_equal(method.init().correlation, 0.5)
+    state = train(engine, method, 2)
+    real = type(side.data).train
+
+    def inverted(data, client):  # for odd clients, whatever their labels
+        images, labels = real(data, client)
+        return (255 - images if client % 2 else images), labels
+
+    monkeypatch.setattr(type(side.data), "train", inverted)
+    shards = [0, 3, 5], [1, 2, 4]
+    messages = [method.gate_message(side, state, shard) for shard in shards]
+    after = method.gate_update(state, messages)
+    owner = after.correlation.argmax(axis=1)
+    assert owner.tolist() in ([0, 1] * 3, [1, 0] * 3)
+    np.testing.assert_allclose(after.correlation.sum(axis=1), 1.0)
+    messages = [method.gate_message(side, state, shard) for shard in ([4, 0, 1], [5], [3, 2])]
+    assert method.gate_update(state, messages).correlation.tobytes() == after.correlation.tobytes()
+
+
+def test_features_are_sent_once_by_everybody_and_counted(make_method, side):
+    own = {"rounds": 9, "cohort": 0.5}
+    method = make_method(similarity="features", branch_after=2, train=own, evaluate={"every": 9})
+    state = method.init()
+    for round_ in (1, 2, 3):
+        parts = round_ == 2
+        assert gate_clients(method, round_) == (ALL if parts else [])
+        message = method.gate_message(side, replace(state, round=round_), [0, 1])
+        assert sorted(message.features) == ([0, 1] if parts else [])
+        size = message.class_features.total.size + sum(len(f) for f in message.features.values())
+        width, classes = method.feature_width, method.federation.classes
+        assert size == ((classes + 2) * width if parts else 0)
+        more = np.subtract(method.gate_bytes(state, 3, round_), method.gate_bytes(state, 3, 9))
+        assert more.tolist() == [3 * 4 * (classes + 1) * width if parts else 0, 0]
+    one = make_method(similarity="features", branch_after=2, experts=1, train=own)
+    assert not one.gate_message(side, replace(one.init(), round=2), [0]).features
+
+
+def test_features_cannot_be_compared_without_a_common_model(make_method):
+    with pytest.raises(FedCoEError, match="set branch_after"):
+        make_method(similarity="features")
 
 
 def test_a_branch_that_never_comes_is_said(make_method):
