@@ -36,12 +36,16 @@ def cells(root: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("methods", [("fedavg", "fedcoe"), ("fedcoe", "fedavg_ft")])
+@pytest.mark.parametrize(
+    ("methods", "similarity"),
+    [(("fedavg", "fedcoe"), "labels"), (("fedcoe", "fedavg_ft"), "features")],
+)
 def test_what_cells_share_is_trained_once_and_their_figures_are_those_of_trainings_apart(
     new_project: NewProject,
     prefect_api: str,
     monkeypatch: pytest.MonkeyPatch,
     methods: tuple[str, ...],
+    similarity: str,
 ) -> None:
     from flows.compare import compare_methods
 
@@ -54,7 +58,8 @@ def test_what_cells_share_is_trained_once_and_their_figures_are_those_of_trainin
             trained = rounds_trained(patch)
             if not shared:
                 patch.setattr("flows.federated_training.next_of_trunk", lambda *_: None)
-            compare_methods(str(root), SETTINGS, methods, [0], "both", ["all"])
+            settings = (*SETTINGS, f"method.similarity={similarity}")
+            compare_methods(str(root), settings, methods, [0], "both", ["all"])
         found.append((trained, cells(root)))
     (once, here), (apart, there) = found
     assert apart == [*range(1, 6), *range(1, 6)]
