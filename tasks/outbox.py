@@ -160,15 +160,19 @@ class Outbox:
                 lock.close()
 
     def discard(self, store: str) -> None:
-        """Delete it, if all has arrived and no run can come back to add to it."""
+        """Delete it, if all has arrived and no run will add to it."""
         first = self.first()
-        if first and not self._remembered(first) and not self.waiting(store):
+        if first and not self._awaits_more(first) and not self.waiting(store):
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _remembered(self, first: Record) -> bool:
-        """Whether the file that an interrupted run finds its outbox by still names this one."""
+    def _awaits_more(self, first: Record) -> bool:
+        """Whether the file that an interrupted run finds its outbox by still names this one; with
+        no such file, whether its run has not ended."""
+        if first.get("memo") is None:
+            *_, last = (record for record, _ in self.read())
+            return bool(last["kind"] != "status" or last["status"] == "RUNNING")
         with suppress(OSError):
-            return bool(first["memo"]) and (self.root / first["memo"]).read_text() == self.name
+            return bool((self.root / first["memo"]).read_text() == self.name)
         return False
 
 

@@ -17,6 +17,7 @@ from fedcoe.config import load_settings, validate_settings
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import method_class, method_names
 from flows.compare import ablation_cells, ablation_sets, comparison_cells, row_settings
+from tasks.outbox import outboxes
 
 REPOSITORY = Path(__file__).parents[2]
 SWITCHES = ("balanced_softmax", "server_momentum", "reweighting", "coordination_head")
@@ -205,7 +206,9 @@ def test_a_comparison_trains_once_tracks_its_rows_and_is_drawn_again_from_its_ce
     [parent] = [r for r in runs if r.data.tags["role"] == "comparison"]
     artifacts = {f.path for f in client.list_artifacts(parent.info.run_id)}
     assert {"table.md", "index.html", "differences.csv"} <= artifacts
-    assert parent.info.status == "FINISHED"
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    [left] = outboxes(root)  # a comparison can be taken up again
+    assert left.first()["tags"]["role"] == "comparison" and not left.waiting(uri)
     cells = [r for r in runs if r.data.tags["role"] == "cell"]
     assert {(t["method"], t["row"], t["seed"]) for t in (r.data.tags for r in cells)} == {
         (m, r, s)

@@ -59,11 +59,20 @@ def test_a_note_that_is_lost_or_damaged_means_nothing_was_sent(box: Outbox, note
     assert box.waiting("here") == Counter(run=1, metrics=1)
 
 
-def test_it_is_deleted_only_when_all_arrived_and_no_run_can_come_back(box: Outbox) -> None:
+def test_it_is_deleted_only_when_all_arrived_and_no_run_will_add_to_it(box: Outbox) -> None:
+    def arrived() -> None:
+        [*_, (_, end)] = box.read()
+        box.note(replace(box.place("here"), run_id="7", offset=end))
+
     box.discard("here")
     assert box.folder.exists()
-    [*_, (_, end)] = box.read()
-    box.note(replace(box.place("here"), run_id="7", offset=end))
+    arrived()
+    box.discard("here")
+    assert box.folder.exists()  # its run has not ended: more will come
+    box.put({"kind": "status", "status": "FINISHED", "time": 2})
+    box.discard("here")
+    assert box.folder.exists()
+    arrived()
     box.discard("here")
     assert not box.folder.exists()
 
