@@ -32,7 +32,7 @@ def hellinger(label_counts: NDArray[np.integer]) -> Matrix:
 
 def feature_shift(means: Matrix, label_counts: NDArray[np.integer], class_means: Matrix) -> Matrix:
     """How clients' inputs differ where their labels do not: the mean of a client's features, less
-    what a federation-wide client of its label mix would have, at length one.
+    what the federation's class means give for its label mix; scaled to length one.
 
     Args:
         means: [S, D] of each client's features under one common model.
@@ -78,7 +78,8 @@ def from_similarity(
     assert best is not None
     _, owner, squared = best
     # The group comes first, as only it has room; distances say how firmly, and what comes next.
-    # 2 is the largest squared distance of label mixes.
+    # 2 is the largest squared distance of label mixes; points of length one can be 4 apart, so
+    # there a client far from its group's centre may go to another's.
     squared[np.arange(clients), owner] -= 2.0
     logits = -sharpness * squared
     return normalise(np.exp(logits - logits.max(axis=1, keepdims=True)))

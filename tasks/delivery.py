@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,8 +146,8 @@ class _Sender:
         from mlflow import MlflowClient
 
         self.box, self.refuse, self.hurried = box, refuse, hurried
-        # The first to open a new database makes its tables; two at once would trip over each other.
-        with Lock(box.folder.parent):
+        # The first to open a new file makes its tables; two at once would trip over each other.
+        with Lock(box.folder.parent) if store.startswith("sqlite:") else nullcontext():
             self.client: MlflowClient = MlflowClient(store)
         self.place = box.place(store)
 
@@ -323,7 +323,15 @@ def experiment_id(client: "MlflowClient", root: Path) -> str:
         return str(found.experiment_id)
     embedded = str(client.tracking_uri).startswith("sqlite:")
     location = (root / ".fedcoe" / "artifacts").resolve().as_uri() if embedded else None
-    return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+    try:
+        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+    except Exception as error:
+        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+            raise
+        found = client.get_experiment_by_name(EXPERIMENT)  # made by another process just now
+        if found is None:
+            raise
+        return str(found.experiment_id)
 
 
 def first_line(error: BaseException) -> str:

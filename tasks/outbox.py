@@ -169,7 +169,9 @@ class Outbox:
         """Whether the file that an interrupted run finds its outbox by still names this one; with
         no such file, whether its run has not ended."""
         if first.get("memo") is None:
-            *_, last = (record for record, _ in self.read())
+            last = first
+            for record, _ in self.read():
+                last = record
             return bool(last["kind"] != "status" or last["status"] == "RUNNING")
         with suppress(OSError):
             return bool((self.root / first["memo"]).read_text() == self.name)

@@ -171,7 +171,7 @@ class Tracking:
             end = self.box.put({"kind": "status", "status": status, "time": _now()})
             self.send(insist=True)
             waiting = self.box.waiting(self.store)
-            # What another search of this study put since, that one will send.
+            # What another search of this study put since is not this one's to warn of.
             if waiting and self.box.place(self.store).offset < end:
                 self._warn("MLflow: %d %s", waiting.total(), LATER)
             else:
@@ -586,7 +586,7 @@ def log_row(
         said |= {name: cell[name] for name in ("data_hash", "partition_fingerprint")}
         name = f"{cell['method']} · {tags['row']} · {cell['dataset']} · seed {cell['seed']}"
         row = _open(root, None, name, said, cell["settings"])
-        row.log_metrics({"final": final}, cell["train"]["rounds"])
+        row._put_new({"final": final}, cell["train"]["rounds"])  # sent with the end
         row.finish("FINISHED")
 
 

@@ -53,10 +53,8 @@ def test_feature_shift_by_hand():
 
 def test_feature_shift_finds_groups_that_label_mixes_hide():
     rng = np.random.default_rng(0)
-    group, of_class, of_group = (
-        np.arange(12) % 3,
-        *rng.standard_normal((2, 10, 32)) * [[[3]], [[0.3]]],
-    )
+    group = np.arange(12) % 3
+    of_class, of_group = 3 * rng.standard_normal((10, 32)), 0.3 * rng.standard_normal((3, 32))
     labels = [rng.choice(10, 200, p=rng.dirichlet(np.full(10, 0.3))) for _ in group]
     features = [
         of_class[y] + of_group[g] + rng.standard_normal((200, 32))

@@ -79,7 +79,10 @@ class FedCoESettings(MethodSettings):
         False, description="For ablation: fit the gate to the experts as they were before the round"
     )
     gate_every: int = Field(
-        0, ge=0, description="Also update the gate each this many rounds; 0 = when evaluating"
+        0,
+        ge=0,
+        description="Also update the gate each this many rounds; 0 = when evaluating (with "
+        "similarity: features also at the branch)",
     )
     gate_temperature: float = Field(0.3, gt=0.0, le=100.0, description="T of the gate's targets")
     gate_features: int = Field(
@@ -144,7 +147,7 @@ class FedCoEMessage(GateMessage):
     features: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     """Client to the [D] mean of its features under the common model, when it branches."""
     class_features: ExactSum = field(default_factory=lambda: ExactSum.zeros(0))
-    """[C, D] sum of clients' features by class, then."""
+    """[C, D] sum of the same clients' features by class."""
 
     def merge(self, other: GateMessage) -> None:
         super().merge(other)
@@ -171,7 +174,7 @@ class FedCoE(Method):
         if private or settings.gate == "neural" or settings.gate_before_aggregation:
             # Noise by message, a gate that learns from update to update, experts long gone.
             return found
-        # The correlation, which dispatches, comes from the experts' losses alone.
+        # The correlation, which dispatches, comes from labels, features and the experts' losses.
         return found | PREDICTION | {"gate", "gate_features"}
 
     @property
@@ -261,7 +264,9 @@ class FedCoE(Method):
         if self.settings.dispatch == "equal_capacity":
             chosen = correlation.dispatch(c, each, rng)
         else:
-            chosen = np.sort(np.argsort(-c, axis=1, kind="stable")[:, :each], axis=1)
+            # Ties, as of a client that nothing is known of, are broken by draws.
+            score = np.log(c) + 1e-6 * rng.random(c.shape)
+            chosen = np.sort(np.argsort(-score, axis=1)[:, :each], axis=1)
         weighted = state if self.settings.aggregation == "correlation" else same
         return self.orders(weighted, cohort, chosen)
 
@@ -431,17 +436,20 @@ class FedCoE(Method):
             targets, reason = self.faults.statistics(state.round, client, design, targets)
             if reason is None and not np.all(np.isfinite(losses)):
                 reason = "not finite"
+            if parting and reason is None:
+                features = trainer.outputs(state.experts[0], images, self.batch_size, True)[1]
+                assert features is not None
+                try:
+                    message.class_features.add(y.T @ features.astype(np.float64))
+                    message.features[client] = features.mean(axis=0, dtype=np.float64)
+                except OverflowError:
+                    reason = "too large"
             if reason is not None:
                 message.dropped[reason] += 1
                 if self.privacy is not None:
                     # Its absence would be one more message.
                     message.losses[client] = np.zeros(self.experts)
                 continue
-            if parting:
-                features = trainer.outputs(state.experts[0], images, self.batch_size, True)[1]
-                assert features is not None
-                message.class_features.add(y.T @ features.astype(np.float64))
-                message.features[client] = features.mean(axis=0, dtype=np.float64)
             if message.statistics is not None:
                 if self.privacy is not None:
                     self.privacy.add(message.statistics, design, targets)

@@ -303,13 +303,17 @@ def test_runs_that_open_a_new_store_together_all_arrive(tmp_path: Path) -> None:
         )
         for name in names
     ]  # fmt: skip
-    while len(list(tmp_path.glob("ready-*"))) < len(names):
-        assert all(sender.poll() is None for sender in senders)
-        time.sleep(0.1)
-    (tmp_path / "go").touch()
-    for sender in senders:
-        printed, said = sender.communicate(timeout=120)
-        assert sender.returncode == 0 and printed == "", said
+    try:
+        while len(list(tmp_path.glob("ready-*"))) < len(names):
+            assert all(sender.poll() is None for sender in senders)
+            time.sleep(0.1)
+        (tmp_path / "go").touch()
+        for sender in senders:
+            printed, said = sender.communicate(timeout=120)
+            assert sender.returncode == 0 and printed == "", said
+    finally:
+        for sender in senders:
+            sender.kill()
     client = MlflowClient(store)
     experiments = [e.experiment_id for e in client.search_experiments()]
     assert {run.info.run_name for run in client.search_runs(experiments)} == set(names)

@@ -37,8 +37,8 @@ def cells(root: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("methods", "similarity"),
-    [(("fedavg", "fedcoe"), "labels"), (("fedcoe", "fedavg_ft"), "features")],
+    ("methods", "similarity", "branch"),
+    [(("fedavg", "fedcoe"), "features", 4), (("fedcoe", "fedavg_ft"), "labels", 3)],
 )
 def test_what_cells_share_is_trained_once_and_their_figures_are_those_of_trainings_apart(
     new_project: NewProject,
@@ -46,6 +46,7 @@ def test_what_cells_share_is_trained_once_and_their_figures_are_those_of_trainin
     monkeypatch: pytest.MonkeyPatch,
     methods: tuple[str, ...],
     similarity: str,
+    branch: int,
 ) -> None:
     from flows.compare import compare_methods
 
@@ -58,14 +59,14 @@ def test_what_cells_share_is_trained_once_and_their_figures_are_those_of_trainin
             trained = rounds_trained(patch)
             if not shared:
                 patch.setattr("flows.federated_training.next_of_trunk", lambda *_: None)
-            settings = (*SETTINGS, f"method.similarity={similarity}")
+            own = f"method.similarity={similarity}", f"method.branch_after={branch}"
+            settings = (*SETTINGS, *own)
             compare_methods(str(root), settings, methods, [0], "both", ["all"])
         found.append((trained, cells(root)))
     (once, here), (apart, there) = found
     assert apart == [*range(1, 6), *range(1, 6)]
     # FedAvg keeps rounds 2 and 4, the pool 2 and 3.
-    again = range(3, 6) if methods[0] == "fedavg" else range(4, 6)
-    assert once == [*range(1, 6), *again]
+    assert once == [*range(1, 6), *range(branch + 1, 6)]
     assert here.keys() == there.keys() and len(here) == 2
     for name, cell in here.items():
         for each in (cell, there[name]):

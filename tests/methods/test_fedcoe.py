@@ -526,6 +526,32 @@ def test_features_are_sent_once_by_everybody_and_counted(make_method, side):
     assert not one.gate_message(side, replace(one.init(), round=2), [0]).features
 
 
+def test_a_client_whose_features_are_lost_is_dropped_and_its_expert_is_drawn(
+    make_method, side, monkeypatch
+):
+    own = {"rounds": 9, "cohort": 0.5}
+    method = make_method(similarity="features", branch_after=2, dispatch="top_k", train=own)
+    state = replace(method.init(), round=2)
+    real = type(side.trainer).outputs
+
+    def huge(trainer, vector, images, *rest):
+        logits, features = real(trainer, vector, images, *rest)
+        lost = len(images) == len(side.data.train(1)[0])
+        return logits, features * 1e9 if lost and features is not None else features
+
+    message = method.gate_message(side, state, [0, 2, 3, 4, 5])
+    with monkeypatch.context() as patch:
+        patch.setattr(type(side.trainer), "outputs", huge)
+        bad = method.gate_message(side, state, [1])
+    assert bad.dropped == {"too large": 1} and not bad.features and not bad.losses
+    after = method.gate_update(state, [message, bad])
+    np.testing.assert_array_equal(after.correlation[1], 0.5)
+    assert np.abs(after.correlation[[0, 2, 3, 4, 5]] - 0.5).min() > 0.2
+    later = [replace(after, round=r) for r in range(2, 12)]
+    assert {method.dispatch(s, [1])[0].experts for s in later} == {(0,), (1,)}
+    assert len({method.dispatch(s, [0])[0].experts for s in later}) == 1
+
+
 def test_features_cannot_be_compared_without_a_common_model(make_method):
     with pytest.raises(FedCoEError, match="set branch_after"):
         make_method(similarity="features")
