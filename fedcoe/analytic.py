@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve
 from scipy.linalg.blas import dsyrk
+from threadpoolctl import threadpool_limits
 
 from fedcoe.exact_sum import ExactSum
 from fedcoe.streams import stream
@@ -79,7 +80,9 @@ class Statistics:
         """Ridge regression [D, M + C]: (F'F + ridge n I) W = F'[Q | Y]."""
         gram = self.gram.value()
         gram[np.diag_indices_from(gram)] += ridge * self.count
-        return np.asarray(solve(gram, self.targets.value(), assume_a="pos", lower=False))
+        # The last digits depend on the number of threads, which the environment decides.
+        with threadpool_limits(1):
+            return np.asarray(solve(gram, self.targets.value(), assume_a="pos", lower=False))
 
 
 def ridge(

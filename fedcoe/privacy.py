@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
 from scipy.linalg.blas import dsyrk
+from threadpoolctl import threadpool_limits
 
 from fedcoe.analytic import Statistics
 from fedcoe.config import PrivacySettings
@@ -145,11 +146,12 @@ class Privacy:
         width = len(gram)
         gram += std * np.triu(self._normal("gram", round_, gram.shape))
         cross += std * self._normal("targets", round_, cross.shape)
-        values, vectors = eigh(gram, lower=False)
         # The edge of the noise's spectrum (Wigner) is 2 std sqrt(D).
         strength = ridge * statistics.count + 2.0 * std * width**0.5
-        scaled = (vectors.T @ cross) / (np.maximum(values, 0.0) + strength)[:, None]
-        return np.asarray(vectors @ scaled)
+        with threadpool_limits(1):  # as in `Statistics.solve`
+            values, vectors = eigh(gram, lower=False)
+            scaled = (vectors.T @ cross) / (np.maximum(values, 0.0) + strength)[:, None]
+            return np.asarray(vectors @ scaled)
 
     def report(self, points: NDArray[np.float64], name: str, round_: int) -> NDArray[np.float64]:
         """[S, D] one message a client, as the server gets it: at most of length 1, noised, and

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -103,3 +107,28 @@ def test_features_that_are_not_finite_are_refused():
     design[0, 0] = np.nan
     with pytest.raises(OverflowError):
         Statistics.zeros(16, 7).add(design, TARGETS)
+
+
+SOLVE = """
+import numpy as np, sys
+from threadpoolctl import threadpool_limits
+from fedcoe.analytic import Statistics
+rng = np.random.default_rng(0)
+sums = Statistics.zeros(900, 14)
+with threadpool_limits(1):  # as workers are
+    sums.add(rng.standard_normal((1200, 900)) / 30, rng.random((1200, 14)))
+sys.stdout.buffer.write(sums.solve(1e-5).tobytes())
+"""
+
+
+def test_the_environments_number_of_threads_changes_no_digit_of_a_solution():
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", SOLVE],
+            env=os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        for threads in ("1", "2")
+    }
+    assert len(found) == 1
