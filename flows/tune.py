@@ -78,16 +78,14 @@ def tune(
         with Lock(plan.folder / "mlflow.lock"):
             tracking = start_study(plan.root, memo, plan.name, *_described(plan))
         try:
-            best = _search(study, tracking, workers)
+            _search(study, tracking, workers)
+            return _end(study, tracking)
         except BaseException:
             tracking.finish("FAILED")
             raise
-        log_files(tracking, plan.results, {f"best_{plan.objective}": best["value"]})
-        tracking.finish("FINISHED")
-    return best
 
 
-def _search(study: Study, tracking: Tracking, workers: int) -> dict[str, Any]:
+def _search(study: Study, tracking: Tracking, workers: int) -> None:
     plan = study.plan
     report_study(study)
     processes = [TrialProcess(plan, workers) for _ in range(workers)]
@@ -102,7 +100,15 @@ def _search(study: Study, tracking: Tracking, workers: int) -> dict[str, Any]:
         for process in processes:
             process.stop()
     track(study, tracking)
-    best, found = write_search(study), study.progress()
+
+
+def _end(study: Study, tracking: Tracking) -> dict[str, Any]:
+    plan = study.plan
+    # Searches that share a study write the same files, and into one outbox.
+    with Lock(plan.folder / "mlflow.lock"):
+        best, found = write_search(study), study.progress()
+        log_files(tracking, plan.results, {f"best_{plan.objective}": best.value})
+        tracking.finish("FINISHED")
     if found.finished < plan.tune.trials:
         get_run_logger().warning(
             "stopped after %d failed trials; %d finished", found.failed, found.finished

@@ -194,6 +194,8 @@ class _Sender:
             self._metrics(run_id, records)
         elif kind == "files":
             folder = self.box.files / record["name"]
+            if not folder.is_dir():  # MLflow would say nothing
+                raise FileNotFoundError(f"{folder} is gone")
             client.log_artifacts(run_id, str(folder), record["to"] or None)
         elif kind == "model":
             self._model(run_id, record)

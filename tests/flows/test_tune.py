@@ -441,6 +441,42 @@ def test_two_searches_and_two_workers_share_one_study_and_one_mlflow_run(
 
 
 @pytest.mark.slow
+def test_searches_of_one_study_that_end_together_all_leave_its_files_in_mlflow(
+    tunable: Path,
+    run_tune: Callable[..., dict[str, Any]],
+    open_study: Callable[[Plan], Study],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mlflow import MlflowClient
+
+    from flows.tune import _described, _end
+    from tasks.tracking import Tracking, start_study
+
+    said: list[str] = []
+    monkeypatch.setattr(Tracking, "_warn", lambda _, text, *values: said.append(text % values))
+    best = run_tune(tunable, "tune.trials=1", "train.rounds=1")
+    plan = plan_of(tunable, "tune.trials=1", "train.rounds=1")
+
+    def opened(_: int) -> tuple[Study, Tracking]:
+        memo = plan.folder / "mlflow-run"
+        return open_study(plan), start_study(plan.root, memo, plan.name, *_described(plan))
+
+    searches = [opened(i) for i in range(4)]
+    with ThreadPoolExecutor(len(searches)) as pool:
+        ends = list(pool.map(lambda search: _end(*search), searches))
+    assert ends == [best] * len(searches)
+    assert said == []
+    tracking = searches[0][1]
+    assert tracking.run_id is not None
+    client = MlflowClient(tracking.store)
+    names = {file.path for file in client.list_artifacts(tracking.run_id)}
+    assert names == {"best.yaml", "trials.csv", "history.png", "slices.png"}
+    assert client.get_run(tracking.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
 def test_the_best_settings_come_as_a_dvc_command_and_mlflow_may_be_down(
     tunable: Path, run_tune: Callable[..., dict[str, Any]]
 ) -> None:
