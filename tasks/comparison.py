@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy import stats
 
 from fedcoe.durable import write_atomic
 from fedcoe.errors import FedCoEError
@@ -225,6 +224,8 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
         return math.nan, math.nan, math.nan
     half = math.nan
     if len(d) > 1:
+        from scipy import stats  # a quarter of a second that a training can do without
+
         half = float(stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d)))
     return float(d.mean()), float(d.mean()) - half, float(d.mean()) + half
 

@@ -8,7 +8,6 @@ are. The transforms draw nothing at random: a group number says everything.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
 
 from fedcoe.errors import FedCoEError
 
@@ -79,6 +78,8 @@ def _blur(images: NDArray[np.uint8], group: int) -> NDArray[np.uint8]:
             f"partition.feature_skew = 'blur': would change nothing on images {side} pixels wide "
             f"(at least {BLUR_LEAST_SIDE}); choose rotation or inversion"
         )
+    from scipy.ndimage import gaussian_filter  # slow to import, and few partitions blur
+
     sigma = BLUR_STEP * group * side / 32
     blurred = np.empty(images.shape, np.uint8)
     for start in range(0, len(images), _CHUNK):

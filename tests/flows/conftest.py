@@ -176,6 +176,28 @@ def fedcoe_command() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture
+def fedcoe_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """`fedcoe_here(cwd, *args)`: the whole command in this process, which saves its imports.
+
+    Returns its exit code and what it wrote to standard error.
+    """
+    from flows.cli import main
+
+    def run(cwd: Path, *args: str) -> tuple[int, str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{cwd}/.fedcoe/mlflow.db")
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr("sys.argv", ["fedcoe", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """`free_port()`: of the loopback interface, nobody's at that moment."""

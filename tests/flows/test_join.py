@@ -87,8 +87,8 @@ def test_a_pick_is_exported_and_runs_without_this_package(
     ],
 )
 def test_mistakes_are_one_line(
-    project: Path, fedcoe_command: Command, args: tuple[str, ...], said: str
+    project: Path, fedcoe_here: Callable[..., tuple[int, str]], args: tuple[str, ...], said: str
 ) -> None:
-    done = fedcoe_command(project, *args)
-    assert done.returncode == 2
-    assert said in done.stderr and done.stderr.count("\n") == 1
+    code, told = fedcoe_here(project, *args)
+    assert code == 2
+    assert said in told and told.count("\n") == 1

@@ -83,7 +83,7 @@ def test_the_pipeline_reproduces_in_dvc_from_fetch_to_experiments(
     run("dvc", "plots", "show")
     assert (root / "dvc_plots/index.html").exists()
 
-    run("dvc", "exp", "run", "-S", "method.experts=3", "--name", "three")
+    run("dvc", "exp", "run", "train", "-S", "method.experts=3", "--name", "three")
     assert (root / "models/experts/expert-2.safetensors").exists()
     table = run("dvc", "exp", "show", "--json")
     assert "three" in table and '"experts": 3' in table and '"experts": 2' in table

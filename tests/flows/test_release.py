@@ -218,12 +218,12 @@ def test_mistakes_are_one_line(
     tmp_path: Path,
     mlflow_database: Path,
     prefect_api: str,
-    fedcoe_command: Callable[..., subprocess.CompletedProcess[str]],
+    fedcoe_here: Callable[..., tuple[int, str]],
     args: tuple[str, ...],
     said: str,
 ) -> None:
     (tmp_path / ".fedcoe").mkdir()
     shutil.copy(mlflow_database, tmp_path / ".fedcoe/mlflow.db")
-    done = fedcoe_command(tmp_path, *args, PREFECT_API_URL=prefect_api)
-    assert done.returncode == 2
-    assert said in done.stderr and done.stderr.count("\n") == 1
+    code, told = fedcoe_here(tmp_path, *args)
+    assert code == 2
+    assert said in told and told.count("\n") == 1
