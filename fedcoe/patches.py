@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,9 +102,11 @@ def _filters(size: int, channels: int, count: int, seed: int) -> NDArray[np.floa
     covariance = np.kron(between, np.exp(-distance / RANGE))
     values = len(covariance)
     centre = np.eye(values) - 1.0 / values
-    covariance = centre @ covariance @ centre
-    variances, axes = np.linalg.eigh(covariance * values / np.trace(covariance))
-    whiten = axes @ np.diag(1.0 / np.sqrt(np.maximum(variances, 0.0) + NOISE)) @ axes.T
     drawn = stream(seed, "patches").standard_normal((count, values))
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-    return np.asarray(drawn @ whiten @ centre)
+    # The last digits depend on the number of threads, which the environment decides.
+    with threadpool_limits(1):
+        covariance = centre @ covariance @ centre
+        variances, axes = np.linalg.eigh(covariance * values / np.trace(covariance))
+        whiten = axes @ np.diag(1.0 / np.sqrt(np.maximum(variances, 0.0) + NOISE)) @ axes.T
+        return np.asarray(drawn @ whiten @ centre)

@@ -109,7 +109,7 @@ def test_features_that_are_not_finite_are_refused():
         Statistics.zeros(16, 7).add(design, TARGETS)
 
 
-SOLVE = """
+SOLUTION = """
 import numpy as np, sys
 from threadpoolctl import threadpool_limits
 from fedcoe.analytic import Statistics
@@ -121,10 +121,18 @@ sys.stdout.buffer.write(sums.solve(1e-5).tobytes())
 """
 
 
-def test_the_environments_number_of_threads_changes_no_digit_of_a_solution():
+FILTERS = """
+import sys
+from fedcoe.patches import _filters  # the features are float32, which hides most of it
+sys.stdout.buffer.write(_filters(6, 3, 400, 0).tobytes())
+"""
+
+
+@pytest.mark.parametrize("code", [SOLUTION, FILTERS], ids=["solution", "patch filters"])
+def test_the_environments_number_of_threads_changes_no_digit(code):
     found = {
         subprocess.run(
-            [sys.executable, "-c", SOLVE],
+            [sys.executable, "-c", code],
             env=os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
             stdout=subprocess.PIPE,
             check=True,
