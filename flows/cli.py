@@ -177,12 +177,26 @@ def train(
 
 
 def _settings(root: Path, profile: str | None, overrides: list[str]) -> list[str]:
-    """The overrides of a profile, if there is one, and after them those of the command."""
-    if profile is None:
-        return overrides
-    from fedcoe.config import load_profile
+    """The overrides of a profile, if there is one, and after them those of the command.
 
-    return [*load_profile(root / "profiles.yaml", profile), *overrides]
+    Raises:
+        FedCoEError: they name a dataset, and data/ holds another, which would be trained on.
+    """
+    from fedcoe.config import load_profile, load_settings
+
+    if profile is not None:
+        overrides = [*load_profile(root / "profiles.yaml", profile), *overrides]
+    if any(given.startswith("data.name=") for given in overrides) and (root / "data").is_dir():
+        from fedcoe.data.dataset import load_dataset
+
+        asked = load_settings(root / "params.yaml", overrides).data.name
+        found = load_dataset(root / "data").info.name
+        if asked != found:
+            raise FedCoEError(
+                f"data/ holds {found}, not {asked}; run `fedcoe fetch {asked}`, or say "
+                f"`-S data.name={found}` to train on what is there"
+            )
+    return overrides
 
 
 def _train(**parameters: Any) -> dict[str, float]:

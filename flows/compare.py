@@ -263,6 +263,7 @@ def _run(root: Path, name: str, cells: Sequence[Cell], cell_only: bool) -> str:
     results = root / "results" / name
     if not cell_only:
         _check_others(results, cells, data_hash)
+    _check_own(root, name, cells, data_hash)
     tags = {"role": "comparison", "comparison": name}
     memo = root / ".fedcoe" / "comparisons" / name
     memo.parent.mkdir(parents=True, exist_ok=True)
@@ -297,6 +298,18 @@ def _check_others(results: Path, cells: Sequence[Cell], data_hash: str) -> None:
     coming = {(cell.method, cell.row, cell.seed) for cell in cells}
     kept = [c for c in read_cells(results) if (c["method"], c["row"], c["seed"]) not in coming]
     check_footing([*kept, *planned], results)
+
+
+def _check_own(root: Path, name: str, cells: Sequence[Cell], data_hash: str) -> None:
+    """A file of other settings or data may be all that is left of a day: none is written over."""
+    found = [(Path(cell.file(name)), cell.key(data_hash)) for cell in cells]
+    lost = [file.stem for file, key in found if _read(root / file).get("key", key) != key]
+    if lost:
+        named = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        raise FedCoEError(
+            f"results/{name}/cells: {named} ({len(lost)} in all) of other settings or data would "
+            "be written over; compare under another --name, or move or delete them"
+        )
 
 
 def _make(root: Path, name: str, cells: Sequence[Cell], data_hash: str, parent: Tracking) -> None:

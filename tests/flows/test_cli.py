@@ -238,3 +238,14 @@ def test_a_profile_names_the_folder_of_its_comparison_and_gives_its_settings(
     assert "partition.alpha=0.5" in overrides
     result = invoke("train", "--profile", "nosuch", "--root", str(tmp_path))
     assert "no profile 'nosuch'" in str(result.exception)
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "tune"])
+def test_what_names_another_dataset_than_the_one_that_is_there_trains_nothing(
+    new_project: Callable[..., Path], command: str
+) -> None:
+    root = new_project()
+    args = (command, "-S", "data.name=cifar10", "--root", str(root))
+    said = str(invoke(*args).exception)
+    assert said.startswith("data/ holds digits, not cifar10; run `fedcoe fetch cifar10`, or say")
+    assert not (root / "results").exists() and not (root / ".fedcoe" / "runs").exists()

@@ -232,7 +232,11 @@ def test_a_comparison_trains_once_tracks_its_rows_and_is_drawn_again_from_its_ce
 
     with pytest.raises(FedCoEError, match=r"not on one footing: train.lr = 0.05 and 0.1"):
         compare_methods(str(root), ["train.lr=0.1"], ["fedcoe"], [0], "tiny")
-    assert len(names) == 9
+    kept = files(root / "results")
+    for only in (True, False):
+        with pytest.raises(FedCoEError, match=r"tiny/cells: fedcoe-plain-seed0, .* \(8 in all\)"):
+            compare_methods(str(root), ["train.lr=0.1"], **options, cell_only=only)
+    assert len(names) == 9 and files(root / "results") == kept
 
 
 @pytest.mark.slow
