@@ -1,7 +1,7 @@
 """Fashion-MNIST with a fifth of the clients attacking: each defence beside the undefended run.
 
-The clients and settings of params.yaml: 20 clients of which 4 never train, Dirichlet
-0.1, 6 rounds. Of the 16 others 3 attack in every round: they send -1 or 10 times their updates.
+The clients of params.yaml (20, of which 4 never train, Dirichlet 0.1) and 6 rounds. Of the 16
+others 3 attack in every round: they send -1 or 10 times their updates.
 FedAvg as its authors left it (row `plain` of a comparison), FedCoE with all switches (`all`).
 
     fedcoe fetch fashion-mnist
