@@ -45,10 +45,15 @@ class Grid:
             name: of the file.
             method: its settings, where no overrides say them.
             notes: what else the file is to say.
+
+        Raises:
+            SystemExit: the file is of other settings or data; it may be all that is left of a day.
         """
         key = cell.key(load_dataset(ROOT / "data").info.hash)
         file = self.folder / "cells" / f"{name}-seed{cell.seed}.json"
-        if (ROOT / file).exists() and json.loads((ROOT / file).read_text())["key"] == key:
+        if (ROOT / file).exists():
+            if json.loads((ROOT / file).read_text())["key"] != key:
+                raise SystemExit(f"{file} is of other settings or data; move or delete it first")
             return
         said = {"method": cell.method, "row": cell.row, "seed": cell.seed, "key": key, **notes}
         said["command"] = f"python benchmarks/{self.name}.py"

@@ -177,25 +177,15 @@ def train(
 
 
 def _settings(root: Path, profile: str | None, overrides: list[str]) -> list[str]:
-    """The overrides of a profile, if there is one, and after them those of the command.
-
-    Raises:
-        FedCoEError: they name a dataset, and data/ holds another, which would be trained on.
-    """
-    from fedcoe.config import load_profile, load_settings
+    """The overrides of a profile, if there is one, and after them those of the command."""
+    from fedcoe.config import load_profile
 
     if profile is not None:
         overrides = [*load_profile(root / "profiles.yaml", profile), *overrides]
-    if any(given.startswith("data.name=") for given in overrides) and (root / "data").is_dir():
-        from fedcoe.data.dataset import load_dataset
+    if overrides:
+        from flows.pipeline import check_dataset
 
-        asked = load_settings(root / "params.yaml", overrides).data.name
-        found = load_dataset(root / "data").info.name
-        if asked != found:
-            raise FedCoEError(
-                f"data/ holds {found}, not {asked}; run `fedcoe fetch {asked}`, or say "
-                f"`-S data.name={found}` to train on what is there"
-            )
+        check_dataset(root, overrides)
     return overrides
 
 
@@ -864,7 +854,7 @@ def join(
         joined = take_in(bundle, client.images, client.labels, mode)
     predictions = joined.rows(client.names, federation.class_names)
     if out_path is not None:
-        from tasks.results import write_csv, write_json
+        from tasks.files import write_csv, write_json
 
         (write_csv if out_path.suffix == ".csv" else write_json)(out_path, predictions)
     if as_json:

@@ -32,8 +32,8 @@ from tasks.comparison import (
     read_cells,
     write_comparison,
 )
+from tasks.files import write_json
 from tasks.report import build_comparison_page
-from tasks.results import write_json
 from tasks.tracking import Tracking, log_row, log_tables, start_study
 
 ROWS = ("plain", "all")

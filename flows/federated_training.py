@@ -35,7 +35,6 @@ from tasks.artifacts import publish_summary
 from tasks.checkpoint import History, Resumed, checkpoint, discard, spend
 from tasks.checkpoint import resume as find_checkpoint
 from tasks.cold_start import cold_start_evaluate
-from tasks.comparison import measures, metrics
 from tasks.evaluate import evaluate_state, score_shard
 from tasks.expert_aggregate import expert_aggregate
 from tasks.gate_update import gate_statistics, gate_update
@@ -316,6 +315,8 @@ def _finish(
 ) -> dict[str, float]:
     cold_start = summary(new)
     if figures is not None:
+        from tasks.comparison import measures, metrics
+
         again = _evaluate_reweighted(run, state) if notes is not None else None
         found = write_figures(run, figures, history, evaluation, new, again, notes)
         tracking.log_metrics({"final": metrics(measures(found, found))}, state.round)

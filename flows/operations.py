@@ -25,7 +25,7 @@ from fedcoe.config import (
 )
 from fedcoe.methods.settings import method_names
 from flows.federated_training import federated_training
-from flows.pipeline import evaluate_cold_start, evaluate_models, partition_data
+from flows.pipeline import check_dataset, evaluate_cold_start, evaluate_models, partition_data
 from flows.release import release as release_candidate
 from tasks.data_version import fetch_data
 from tasks.report import build_report
@@ -133,6 +133,7 @@ def nightly(
 
 
 def _train(root: Path, overrides: Sequence[str], release: bool) -> dict[str, float]:
+    check_dataset(root, overrides)
     use_default_stores(root)
     settings = load_settings(root / "params.yaml", overrides)
     with workspace(root, settings) as folder:

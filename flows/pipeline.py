@@ -16,8 +16,25 @@ from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition, make_partition, save_partition
 from fedcoe.engine.clients import ClientData
 from fedcoe.engine.pool import Engine, Site, hardware
+from fedcoe.errors import FedCoEError
 from fedcoe.evaluate import evaluate, join_scores, score_clients, score_global
-from tasks.results import evaluation_figures, write_csv, write_json
+from tasks.files import evaluation_figures, write_csv, write_json
+
+
+def check_dataset(root: Path, overrides: Sequence[str]) -> None:
+    """Whoever names a dataset is not to train on another that happens to be there.
+
+    Raises:
+        FedCoEError: the overrides name a dataset, and data/ holds another.
+    """
+    if any(given.startswith("data.name=") for given in overrides) and (root / "data").is_dir():
+        asked = load_settings(root / "params.yaml", overrides).data.name
+        found = load_dataset(root / "data").info.name
+        if asked != found:
+            raise FedCoEError(
+                f"data/ holds {found}, not {asked}; run `fedcoe fetch {asked}`, or say "
+                f"`-S data.name={found}` to train on what is there"
+            )
 
 
 def partition_data(

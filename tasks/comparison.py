@@ -20,7 +20,7 @@ from fedcoe.durable import write_atomic
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import MethodSettings
 from tasks import figures
-from tasks.results import write_csv
+from tasks.files import write_csv
 
 Values = dict[str, Any]
 

@@ -5,9 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prefect.exceptions import MissingContextError
-from prefect.logging import get_run_logger
-
 from fedcoe.errors import FedCoEError, disk_fault
 from fedcoe.locks import Lock
 
@@ -29,6 +26,9 @@ def locked(
     except BlockingIOError:
         if not wait:
             raise
+        from prefect.exceptions import MissingContextError
+        from prefect.logging import get_run_logger
+
         with suppress(MissingContextError):  # outside a flow nobody would read it
             get_run_logger().warning("waiting for %s", what)
         lock = Lock(path, shared)

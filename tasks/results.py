@@ -1,67 +1,37 @@
 """Tasks: write figures and models where DVC and people look for them.
 
 Nothing written here holds a time, a speed, a path of the machine or a run id; cells of comparisons
-alone say how long their training took.
+alone say how long their training took. pandas and matplotlib come with the first figure: what only
+starts, or is stopped before, does not wait for them.
 """
 
-import csv
-import io
-import json
 import os
 import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from fedcoe.bundle import export_models
 from fedcoe.cold_start import NewClient, summary
 from fedcoe.cold_start import rows as new_client_rows
-from fedcoe.config import Settings
-from fedcoe.durable import sweep, write_atomic
 from fedcoe.evaluate import Evaluation
 from fedcoe.state import ServerState
-from tasks import figures
 from tasks.checkpoint import History, spent
+from tasks.files import evaluation_figures, write_csv, write_json
 from tasks.run import Run
 from tasks.tracking import git_commit
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PRIVACY = ("epsilon", "delta")
 """Names of a curve's columns that only runs with privacy have."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Sorted, indented, floats rounded to 6 digits, atomically."""
-    text = json.dumps(_rounded(value), indent=2, sort_keys=True) + "\n"
-    sweep(path.parent, path.name)  # DVC hashes whole folders
-    write_atomic(path, text.encode())
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a row, columns in the order of the first row, floats rounded to 6 digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_rounded(list(rows)))
-    sweep(path.parent, path.name)
-    write_atomic(path, text.getvalue().encode())
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 6)
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return value
 
 
 def train_figures(history: History) -> dict[str, Any]:
@@ -78,19 +48,12 @@ def train_figures(history: History) -> dict[str, Any]:
     } | ({"dropped": dict(dropped)} if dropped else {})
 
 
-def evaluation_figures(settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
-    """`metrics/evaluate.json`."""
-    return {
-        "method": settings.method.name,
-        "seed": settings.train.seed,
-        "global": evaluation.overall,
-        "personalized": evaluation.personalized,
-        "validation": evaluation.validation,
-    }
-
-
-def run_figures(run: Run, history: History, evaluation: Evaluation) -> dict[str, Figure]:
+def run_figures(run: Run, history: History, evaluation: Evaluation) -> dict[str, "Figure"]:
     """The figures MLflow keeps, by name."""
+    import pandas as pd
+
+    from tasks import figures
+
     clients, info = pd.DataFrame(evaluation.clients), run.data.dataset.info
     counts = run.data.partition.label_counts(run.data.dataset.y_train, len(info.classes))
     return {
@@ -153,6 +116,8 @@ def write_figures(
 
 
 def _scored(run: Run, evaluation: Evaluation, new: Sequence[NewClient]) -> dict[str, Any]:
+    from tasks import figures
+
     told = ["client", "samples", "accuracy_global", "accuracy"]
     if run.method.has_gate:
         told += [f"{what}_{m}" for what in figures.POOL for m in range(run.method.experts)]

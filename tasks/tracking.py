@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import MissingContextError
@@ -46,6 +45,9 @@ from tasks.machine import Machine
 from tasks.model_card import Lineage, card, expert_tags
 from tasks.outbox import Outbox, outboxes
 from tasks.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MODEL_CODE = Path(__file__).with_name("served_model.py")
 LATER = "records wait in .fedcoe/outbox for the next training or `fedcoe sync`"
@@ -131,7 +133,7 @@ class Tracking:
         if new:
             self.box.put(_metrics(new, step))
 
-    def log_figures(self, figures: Mapping[str, Figure]) -> None:
+    def log_figures(self, figures: Mapping[str, "Figure"]) -> None:
         """Keep figures with the run, as PNG."""
 
         def draw(folder: Path) -> None:

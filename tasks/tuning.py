@@ -18,8 +18,8 @@ from fedcoe.durable import write_atomic
 from fedcoe.errors import FedCoEError
 from fedcoe.locks import Lock
 from fedcoe.search_space import overlay, with_values
+from tasks.files import write_csv
 from tasks.progress import report_progress
-from tasks.results import write_csv
 from tasks.study import Plan, Study
 from tasks.tracking import Tracking, log_trials
 from tasks.trial import TrialProcess

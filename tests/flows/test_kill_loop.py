@@ -22,7 +22,7 @@ import pytest
 from fedcoe.locks import Lock
 
 REPOSITORY = Path(__file__).parents[2]
-KILLS = int(os.environ.get("FEDCOE_KILLS", "4"))
+KILLS = int(os.environ.get("FEDCOE_KILLS", "2"))
 BY_DVC = max(1, KILLS // 6)
 SEED = int(os.environ.get("FEDCOE_KILL_SEED", "0"))
 A_RUN = 6

@@ -335,6 +335,17 @@ def test_the_form_of_train_has_the_descriptions_and_ranges_of_the_settings() -> 
 
 
 @pytest.mark.slow
+def test_a_run_that_names_another_dataset_than_the_one_that_is_there_trains_nothing(
+    new_project: Callable[..., Path],
+) -> None:
+    from flows.operations import train
+
+    root = new_project()
+    with pytest.raises(FedCoEError, match="data/ holds digits, not cifar10"):
+        train.fn(str(root), overrides=["data.name=cifar10"])
+    assert not (root / ".fedcoe" / "pool").exists()
+
+
 def test_data_is_checked_out_from_the_cache_and_a_failure_says_what_dvc_said(
     new_project: Callable[..., Path], prefect_api: str
 ) -> None:

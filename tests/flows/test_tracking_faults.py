@@ -198,11 +198,13 @@ def test_without_prefects_server_training_is_refused_in_one_line(
 @pytest.mark.slow
 def test_a_prefect_server_killed_in_the_middle_costs_no_work(
     new_project: Callable[..., Path],
+    run_training: Callable[..., dict[str, float]],
     tmp_path: Path,
     contents: Callable[..., dict[str, bytes]],
     free_port: Callable[[], int],
 ) -> None:
     reference, root = (new_project(train={"rounds": 12}) for _ in range(2))
+    run_training(reference)
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
@@ -222,7 +224,6 @@ def test_a_prefect_server_killed_in_the_middle_costs_no_work(
                 break
             assert prefect.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
             time.sleep(0.25)
-        subprocess.run(command, cwd=reference, env=environment, check=True, timeout=400)
         training = subprocess.Popen(
             command, cwd=root, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,

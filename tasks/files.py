@@ -1,0 +1,50 @@
+"""Write figures where DVC and people look for them."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedcoe.config import Settings
+from fedcoe.durable import sweep, write_atomic
+from fedcoe.evaluate import Evaluation
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted, indented, floats rounded to 6 digits, atomically."""
+    text = json.dumps(_rounded(value), indent=2, sort_keys=True) + "\n"
+    sweep(path.parent, path.name)  # DVC hashes whole folders
+    write_atomic(path, text.encode())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a row, columns in the order of the first row, floats rounded to 6 digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_rounded(list(rows)))
+    sweep(path.parent, path.name)
+    write_atomic(path, text.getvalue().encode())
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def evaluation_figures(settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
+    """`metrics/evaluate.json`."""
+    return {
+        "method": settings.method.name,
+        "seed": settings.train.seed,
+        "global": evaluation.overall,
+        "personalized": evaluation.personalized,
+        "validation": evaluation.validation,
+    }
