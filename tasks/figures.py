@@ -480,7 +480,8 @@ def _tidy(tag: str) -> str:
 def _settled(figure: Figure, label: str) -> Figure:
     """Name the figure and lay it out once: constrained layout shifts a little at every drawing."""
     figure.set_label(label)
-    figure.draw_without_rendering()
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
     figure.set_layout_engine("none")
     return figure
 
