@@ -6,8 +6,8 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 STAMP := .venv/.installed
-# Two processes, each with whole files of tests: much of a test is waiting for servers.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes on two cores, each with whole files of tests: much of a test is waiting for servers.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 COMPARISONS = $(filter-out attack privacy,$(patsubst results/%/cells,%,$(wildcard results/*/cells)))
 
 help:  ## Show this help
