@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 TOOLS = {"prefect", "mlflow", "dvc", "optuna", "typer", "rich", "click"}
@@ -45,6 +46,38 @@ def test_no_layer_imports_relatively_so_that_the_rule_above_sees_every_import():
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert not names(relative)
+
+
+def reached(entry):
+    """The project's files that one imports, and those that they import."""
+    seen, ahead = set(), [ROOT / entry]
+    while ahead:
+        path = ahead.pop()
+        if path in seen or not path.exists():
+            continue
+        seen.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names)):
+                    module = ROOT.joinpath(*name.split("."))
+                    ahead += [module.with_suffix(".py"), module / "__init__.py"]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("stage", "entry"),
+    [
+        ("train", "flows/federated_training.py"),
+        ("evaluate", "flows/pipeline.py"),
+        ("cold_start", "flows/pipeline.py"),
+        ("report", "tasks/report.py"),
+    ],
+)
+def test_a_stage_is_run_again_when_a_file_that_it_imports_changes(stage, entry):
+    watched = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"][stage]["deps"]
+    files = names(reached(entry))
+    assert len(files) > 20
+    assert not [f for f in files if not any(f == w or f.startswith(f"{w}/") for w in watched)]
 
 
 def test_the_library_prints_nothing():
