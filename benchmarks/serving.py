@@ -31,7 +31,7 @@ import torch
 from bench import keep
 
 from fedcoe.bundle import Bundle, load_bundle
-from tasks.tracking import use_default_stores
+from tasks.registry import use_default_stores
 
 BATCHES = (1, 64, 1024)
 MODEL = "models:/fedcoe@candidate"

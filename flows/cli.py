@@ -600,8 +600,8 @@ def sync(
     as_json: AsJson = False,
 ) -> None:
     """Send MLflow what it missed while it was out of reach. Exit code 1: something is left."""
+    from tasks.registry import use_default_stores
     from tasks.tracking import sync as send
-    from tasks.tracking import use_default_stores
 
     use_default_stores(root)
     rows = send(root, to)
@@ -641,13 +641,11 @@ def experts(
     as_json: AsJson = False,
 ) -> None:
     """List registered models and experts with the figures to pick by, or show one's card."""
-    from tasks.tracking import registered_experts, use_default_stores
+    from tasks.registry import registered_card, registered_experts, use_default_stores
 
     use_default_stores(root)
     if name is not None:
         from rich.markdown import Markdown
-
-        from tasks.model_card import registered_card
 
         text = registered_card(name, None if version is None else str(version))
         # As a file where it is piped into one.
@@ -659,31 +657,44 @@ def experts(
         return
     if not rows:
         raise FedCoEError("no model is registered yet; train one: `dvc repro` or `fedcoe train`")
-    columns = {
-        "name": "name",
-        "version": "version",
-        "aliases": "alias",
+    mixtures = {
+        "accuracy_global": "global",
+        "accuracy_personalized": "personalized",
+        "accuracy_cold_none": "none",
+        "accuracy_cold_unlabelled": "unlabelled",
+        "dataset": "data",
+    }
+    alone = {
         "accuracy": "alone",
         "load": "load",
         "clients": "clients",
-        "serves_best": "serves best",
         "drift": "drift",
-        "parameters": "parameters",
-        "accuracy_global": "global",
-        "accuracy_personalized": "personalized",
-        "accuracy_cold_unlabelled": "cold start",
-        "dataset": "data",
+        "serves_best": "serves best",
     }
-    table = Table(*columns.values(), box=None)
-    for row in rows:
-        row["serves_best"] = _first(row.get("serves_best", ""))
-        table.add_row(*(escape(row.get(key, "")) for key in columns))
-    out.print(table)
+    out.print(_registered([row for row in rows if "load" not in row], mixtures))
+    out.print(_registered([row for row in rows if "load" in row], alone))
+    err.print("accuracy and load in %; none, unlabelled: clients that never took part")
     err.print("`fedcoe experts NAME` shows a card: classes, clients, data, limits, lineage")
 
 
-def _first(text: str) -> str:
-    return text.split(", ")[0] + ", ..." * (", " in text)
+def _registered(rows: list[dict[str, str]], figures: Mapping[str, str]) -> Table:
+    """Accuracies and loads in %; `none` and `unlabelled` are of new clients.
+
+    Names and figures stay whole where the terminal is narrow.
+    """
+    table = Table(box=None, pad_edge=False)
+    heads = ["name", "version", "alias", *figures.values()]
+    for head in heads:
+        table.add_column(head, overflow="fold", no_wrap=head != heads[-1])
+    for row in rows:
+        shown = [row.get(key, "") for key in ("name", "version", "aliases")]
+        for key in figures:
+            value = row.get(key, "")
+            if value and (key == "load" or key.startswith("accuracy")):
+                value = f"{100 * float(value):.1f}"
+            shown.append(value.split(" (")[0])
+        table.add_row(*map(escape, shown))
+    return table
 
 
 @app.command(epilog="Examples:  fedcoe release   |   fedcoe release 7 --json")
@@ -728,8 +739,8 @@ def promote(
     root: Root = Path("."),
 ) -> None:
     """Let an alias name a version by hand, its gate and experts with it; compares nothing."""
+    from tasks.registry import use_default_stores
     from tasks.release import ALIASES, aliased, move_alias
-    from tasks.tracking import use_default_stores
 
     if to not in ALIASES:
         raise FedCoEError(f"--to {to}: there are {', '.join(ALIASES)}")
@@ -742,8 +753,8 @@ def promote(
 @app.command(epilog="Example:  fedcoe rollback")
 def rollback(root: Root = Path(".")) -> None:
     """Let champion name the version it named before, its gate and experts with it."""
+    from tasks.registry import use_default_stores
     from tasks.release import rollback_champion
-    from tasks.tracking import use_default_stores
 
     use_default_stores(root)
     before, after = rollback_champion()
@@ -769,8 +780,8 @@ def _bundle(
 
         yield load_bundle(models, precision)
         return
+    from tasks.registry import use_default_stores
     from tasks.release import ALIASES, aliased, load_version
-    from tasks.tracking import use_default_stores
 
     use_default_stores(root)
     found = aliased(version) if version in ALIASES else version

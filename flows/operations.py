@@ -28,8 +28,9 @@ from flows.federated_training import federated_training
 from flows.pipeline import check_dataset, evaluate_cold_start, evaluate_models, partition_data
 from flows.release import release as release_candidate
 from tasks.data_version import fetch_data
+from tasks.registry import use_default_stores
 from tasks.report import build_report
-from tasks.tracking import use_default_stores, version_of
+from tasks.tracking import version_of
 from tasks.workspace import workspace
 
 

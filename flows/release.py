@@ -10,8 +10,8 @@ from prefect import flow, get_run_logger
 
 from fedcoe.errors import FedCoEError
 from fedcoe.release import Difference, compare, promotes
+from tasks.registry import use_default_stores
 from tasks.release import aliased, grade_model, move_alias, publish_verdict, registered
-from tasks.tracking import use_default_stores
 
 
 @flow(name="release", validate_parameters=False)

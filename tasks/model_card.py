@@ -8,7 +8,6 @@ from typing import Any
 from fedcoe import __version__
 from fedcoe.config import Settings
 from fedcoe.data.dataset import DatasetInfo
-from fedcoe.errors import FedCoEError
 
 LISTED = 10
 """Most clients and classes a card lists; descriptions end at 5,000 characters in some stores."""
@@ -221,24 +220,3 @@ def _listed(names: Sequence[str]) -> str:
 
 def _percent(value: str) -> str:
     return f"{100 * float(value):.2f} %"
-
-
-def registered_card(name: str, version: str | None = None) -> str:
-    """The card of a registered model: of a version, or of the newest.
-
-    Raises:
-        FedCoEError: there is no such model or version, or it has no card.
-    """
-    from mlflow import MlflowClient
-
-    found = {
-        str(v.version): v.description or ""
-        for v in MlflowClient().search_model_versions(f"name='{name}'")
-    }
-    if not found:
-        raise FedCoEError(f"no model {name!r} is registered; `fedcoe experts` lists them")
-    version = version or max(found, key=int)
-    if not found.get(version):
-        there = ", ".join(v for v in sorted(found, key=int) if found[v]) or "none"
-        raise FedCoEError(f"{name} version {version} has no card; versions with one: {there}")
-    return found[version]

@@ -44,6 +44,7 @@ from tasks.delivery import (
 from tasks.machine import Machine
 from tasks.model_card import Lineage, card, expert_tags
 from tasks.outbox import Outbox, outboxes
+from tasks.registry import use_default_stores
 from tasks.run import Run
 
 if TYPE_CHECKING:
@@ -53,17 +54,6 @@ MODEL_CODE = Path(__file__).with_name("served_model.py")
 LATER = "records wait in .fedcoe/outbox for the next training or `fedcoe sync`"
 BUSY = 30.0
 """Seconds that the end of a run waits for another process that sends its records."""
-
-
-def use_default_stores(root: Path) -> None:
-    """Point MLflow at SQLite and a folder under `.fedcoe/`, unless the environment says else."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow's own 7 retries keep a command waiting four minutes for a server that is not there.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    folder = (root / ".fedcoe").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
 
 
 class Tracking:
@@ -489,29 +479,6 @@ def _model(
         "outputs": run.method.experts if config["part"] == "gate" else federation.classes,
         "asked": asked if config["part"] == "mixture" else [],
     }
-
-
-def registered_experts() -> Sequence[dict[str, str]]:
-    """Every registered version as a flat row: name, version, aliases, figures; newest first."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient()
-    rows = []
-    for model in client.search_registered_models("name LIKE 'fedcoe%'"):
-        aliases: dict[str, list[str]] = {}
-        for alias, version in model.aliases.items():
-            aliases.setdefault(str(version), []).append(alias)
-        for version in client.search_model_versions(f"name='{model.name}'"):
-            rows.append(
-                {
-                    "name": model.name,
-                    "version": str(version.version),
-                    "aliases": ", ".join(aliases.get(str(version.version), [])),
-                    "run_id": version.run_id or "",
-                }
-                | dict(version.tags)
-            )
-    return sorted(rows, key=lambda row: (row["name"], -int(row["version"])))
 
 
 def start_study(

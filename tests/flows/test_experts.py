@@ -47,16 +47,21 @@ def test_experts_tags_agree_with_the_evaluation(project: Path, stores: Any) -> N
 
 
 def test_the_command_lists_them_and_shows_a_card(project: Path, fedcoe_command: Command) -> None:
-    listed = fedcoe_command(project, "experts", COLUMNS="200")
+    listed = fedcoe_command(project, "experts", COLUMNS="80")
     assert listed.returncode == 0
+    [mixture] = [line for line in listed.stdout.splitlines() if line.startswith("fedcoe  ")]
+    figures = json.loads((project / "metrics/evaluate.json").read_text())
+    for part in ("global", "personalized"):
+        assert f" {100 * figures[part]['accuracy']:.1f} " in mixture
     assert all(word in listed.stdout for word in ("fedcoe-expert-1", "serves best", "drift"))
+    assert "\u2026" not in listed.stdout and max(map(len, listed.stdout.splitlines())) <= 80
     shown = fedcoe_command(project, "experts", "fedcoe-expert-1")
     assert shown.stdout.startswith("# fedcoe-expert-1")
     assert "## Limits" in shown.stdout and "| class | accuracy alone |" in shown.stdout
 
 
 def test_a_card_that_is_not_there_is_a_users_mistake(stores: Any) -> None:
-    from tasks.model_card import registered_card
+    from tasks.registry import registered_card
 
     assert registered_card("fedcoe", "1") == registered_card("fedcoe")
     with pytest.raises(FedCoEError, match="no model 'fedcoe-expert-9'"):

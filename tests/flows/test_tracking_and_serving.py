@@ -189,7 +189,7 @@ def test_the_exported_bundle_refuses_another_shape_and_bad_counts(project: Path)
 def test_registered_experts_are_listed_newest_first(
     stores: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks.tracking import registered_experts
+    from tasks.registry import registered_experts
 
     rows = registered_experts()
     assert [row["name"] for row in rows] == [
