@@ -47,7 +47,7 @@ class Grid:
             notes: what else the file is to say.
 
         Raises:
-            SystemExit: the file is of other settings or data; it may be all that is left of a day.
+            SystemExit: the file is of other settings or data; it may have taken hours.
         """
         key = cell.key(load_dataset(ROOT / "data").info.hash)
         file = self.folder / "cells" / f"{name}-seed{cell.seed}.json"

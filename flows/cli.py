@@ -177,15 +177,17 @@ def train(
 
 
 def _settings(root: Path, profile: str | None, overrides: list[str]) -> list[str]:
-    """The overrides of a profile, if there is one, and after them those of the command."""
+    """The overrides of a profile, if there is one, and after them those of the command.
+
+    Raises:
+        FedCoEError: they name another dataset than data/ holds; said here, before Prefect starts.
+    """
     from fedcoe.config import load_profile
+    from flows.pipeline import check_dataset
 
     if profile is not None:
         overrides = [*load_profile(root / "profiles.yaml", profile), *overrides]
-    if overrides:
-        from flows.pipeline import check_dataset
-
-        check_dataset(root, overrides)
+    check_dataset(root, overrides)
     return overrides
 
 
@@ -671,30 +673,28 @@ def experts(
         "drift": "drift",
         "serves_best": "serves best",
     }
-    out.print(_registered([row for row in rows if "load" not in row], mixtures))
-    out.print(_registered([row for row in rows if "load" in row], alone))
+    _print_registered([row for row in rows if "load" not in row], mixtures)
+    _print_registered([row for row in rows if "load" in row], alone)
     err.print("accuracy and load in %; none, unlabelled: clients that never took part")
     err.print("`fedcoe experts NAME` shows a card: classes, clients, data, limits, lineage")
 
 
-def _registered(rows: list[dict[str, str]], figures: Mapping[str, str]) -> Table:
-    """Accuracies and loads in %; `none` and `unlabelled` are of new clients.
-
-    Names and figures stay whole where the terminal is narrow.
-    """
-    table = Table(box=None, pad_edge=False)
-    heads = ["name", "version", "alias", *figures.values()]
-    for head in heads:
-        table.add_column(head, overflow="fold", no_wrap=head != heads[-1])
+def _print_registered(rows: list[dict[str, str]], figures: Mapping[str, str]) -> None:
+    """Registered versions with these figures, one a line; shares in %."""
+    table = Table("name", "version", "alias", *figures.values(), box=None, pad_edge=False)
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     for row in rows:
-        shown = [row.get(key, "") for key in ("name", "version", "aliases")]
+        shown = [row["name"], row["version"], row["aliases"].replace(", ", "\n")]
         for key in figures:
             value = row.get(key, "")
             if value and (key == "load" or key.startswith("accuracy")):
                 value = f"{100 * float(value):.1f}"
-            shown.append(value.split(" (")[0])
+            # All clients stand on the card, with their accuracies.
+            shown.append(value.split(" (")[0] if key == "serves_best" else value)
         table.add_row(*map(escape, shown))
-    return table
+    if rows:  # narrower than 80, columns would be cut off
+        Console(width=max(80, out.width)).print(table)
 
 
 @app.command(epilog="Examples:  fedcoe release   |   fedcoe release 7 --json")

@@ -20,7 +20,7 @@ from fedcoe.data.dataset import load_dataset
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import method_class, method_names
 from flows.federated_training import Again, federated_training
-from flows.pipeline import partition_once
+from flows.pipeline import check_dataset, partition_once
 from tasks.comparison import (
     OF_PARAMS,
     Comparison,
@@ -223,6 +223,7 @@ def compare_methods(
         The table of all cells in the folder, in Markdown.
     """
     folder = Path(root)
+    check_dataset(folder, overrides)
     cells = comparison_cells(folder, overrides, methods or method_names(), rows, seeds)
     return _run(folder, name or load_dataset(folder / "data").info.name, cells, cell_only)
 
@@ -237,6 +238,7 @@ def ablate(
         The table of differences to the default, in Markdown.
     """
     folder = Path(root)
+    check_dataset(folder, overrides)
     cells = ablation_cells(folder, overrides, ablation, seeds)
     return _run(folder, f"ablation-{ablation}", cells, False)
 

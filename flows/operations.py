@@ -28,6 +28,7 @@ from flows.federated_training import federated_training
 from flows.pipeline import check_dataset, evaluate_cold_start, evaluate_models, partition_data
 from flows.release import release as release_candidate
 from tasks.data_version import fetch_data
+from tasks.locks import locked
 from tasks.registry import use_default_stores
 from tasks.report import build_report
 from tasks.tracking import version_of
@@ -134,7 +135,8 @@ def nightly(
 
 
 def _train(root: Path, overrides: Sequence[str], release: bool) -> dict[str, float]:
-    check_dataset(root, overrides)
+    with locked(root, "data", "data being fetched", shared=True):
+        check_dataset(root, overrides)
     use_default_stores(root)
     settings = load_settings(root / "params.yaml", overrides)
     with workspace(root, settings) as folder:

@@ -22,10 +22,10 @@ from tasks.files import evaluation_figures, write_csv, write_json
 
 
 def check_dataset(root: Path, overrides: Sequence[str]) -> None:
-    """Whoever names a dataset is not to train on another that happens to be there.
+    """Refuse overrides that name another dataset than data/ holds: it would be trained on.
 
     Raises:
-        FedCoEError: the overrides name a dataset, and data/ holds another.
+        FedCoEError: they do.
     """
     if any(given.startswith("data.name=") for given in overrides) and (root / "data").is_dir():
         asked = load_settings(root / "params.yaml", overrides).data.name
@@ -33,7 +33,7 @@ def check_dataset(root: Path, overrides: Sequence[str]) -> None:
         if asked != found:
             raise FedCoEError(
                 f"data/ holds {found}, not {asked}; run `fedcoe fetch {asked}`, or say "
-                f"`-S data.name={found}` to train on what is there"
+                f"`data.name={found}` to train on what is there"
             )
 
 

@@ -14,7 +14,7 @@ from fedcoe.data.dataset import load_dataset
 from fedcoe.locks import Lock
 from fedcoe.methods.settings import method_class
 from fedcoe.search_space import search_space
-from flows.pipeline import partition_once
+from flows.pipeline import check_dataset, partition_once
 from tasks.study import Plan, Study
 from tasks.tracking import Tracking, log_files, start_study
 from tasks.trial import TrialProcess
@@ -29,6 +29,7 @@ def plan_search(
     Raises:
         FedCoEError: what cannot be searched, before anything is trained.
     """
+    check_dataset(root, overrides)
     own = [*overrides, *([f"method.name={method}"] if method else [])]
     path = root / "params.yaml"
     settings = load_settings(path, own)

@@ -1,4 +1,4 @@
-"""Read what is registered. Imports MLflow and no more: a person waits for the list."""
+"""Find the registry and read it. Imports MLflow and no more: a person waits for the list."""
 
 import os
 from collections.abc import Sequence

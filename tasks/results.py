@@ -1,8 +1,8 @@
 """Tasks: write figures and models where DVC and people look for them.
 
 Nothing written here holds a time, a speed, a path of the machine or a run id; cells of comparisons
-alone say how long their training took. pandas and matplotlib come with the first figure: what only
-starts, or is stopped before, does not wait for them.
+alone say how long their training took. matplotlib comes with the first figure: what is stopped
+before does not wait for it.
 """
 
 import os

@@ -22,6 +22,7 @@ import pytest
 from fedcoe.locks import Lock
 
 REPOSITORY = Path(__file__).parents[2]
+# By default one each; what is aimed at in CI is in test_resume.py.
 KILLS = int(os.environ.get("FEDCOE_KILLS", "2"))
 BY_DVC = max(1, KILLS // 6)
 SEED = int(os.environ.get("FEDCOE_KILL_SEED", "0"))

@@ -334,7 +334,6 @@ def test_the_form_of_train_has_the_descriptions_and_ranges_of_the_settings() -> 
     assert all(of.get("description") for of in schema["properties"].values())
 
 
-@pytest.mark.slow
 def test_a_run_that_names_another_dataset_than_the_one_that_is_there_trains_nothing(
     new_project: Callable[..., Path],
 ) -> None:
@@ -346,6 +345,7 @@ def test_a_run_that_names_another_dataset_than_the_one_that_is_there_trains_noth
     assert not (root / ".fedcoe" / "pool").exists()
 
 
+@pytest.mark.slow
 def test_data_is_checked_out_from_the_cache_and_a_failure_says_what_dvc_said(
     new_project: Callable[..., Path], prefect_api: str
 ) -> None:
