@@ -200,8 +200,9 @@ def test_both_aliases_of_a_version_are_listed(
     move_alias("champion", "2", None)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     shown = fedcoe_command(trained_twice, "experts", COLUMNS="220", MLFLOW_TRACKING_URI=uri)
-    lines = [line for line in shown.stdout.splitlines() if line.split()[:2] == ["fedcoe", "2"]]
-    assert len(lines) == 1 and "candidate, champion" in lines[0]
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    [at] = [i for i, words in enumerate(lines) if words[:2] == ["fedcoe", "2"]]
+    assert lines[at][2] == "candidate" and lines[at + 1] == ["champion"]
 
 
 @pytest.mark.parametrize(
