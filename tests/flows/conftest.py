@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from fedcoe.locks import Lock
+
 PARAMS = """\
 data: {name: digits}
 partition: {scheme: dirichlet, alpha: 0.3, clients: 6, new_clients: 0.34, min_samples: 20, seed: 0}
@@ -31,15 +33,37 @@ OUTPUTS = ("models", "metrics", "plots")
 
 
 @pytest.fixture(scope="session")
-def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database to copy: making one takes seconds."""
-    import mlflow
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`made_once(name, make)`: a folder that the first test process to want it makes for all."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    with sqlite3.connect(path) as database:
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return path
+    def find(name: str, make: Callable[[Path], None]) -> Path:
+        folder, made = base / name, base / f"{name}.made"
+        with Lock(base / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(made_once: Callable[..., Path]) -> Path:
+    """An empty MLflow database to copy: making one takes seconds."""
+
+    def make(folder: Path) -> None:
+        import mlflow
+
+        path = folder / "mlflow.db"
+        mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+        with sqlite3.connect(path) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    return made_once("mlflow", make) / "mlflow.db"
 
 
 @pytest.fixture(scope="session")
@@ -70,19 +94,21 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def new_project(
-    tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path
+    tmp_path_factory: pytest.TempPathFactory, made_once: Callable[..., Path], mlflow_database: Path
 ) -> Callable[..., Path]:
-    """`new_project(**sections)`: params.yaml, data/, partitions/ and an empty MLflow database."""
+    """`new_project(**sections)`: params.yaml, data/, partitions/ and an empty MLflow database.
+
+    `root` is where, a new folder by default.
+    """
     from ruamel.yaml import YAML
 
     from fedcoe.data.fetch import fetch
     from flows.pipeline import partition_data
 
-    first = tmp_path_factory.mktemp("data") / "data"
-    fetch("digits", target=first)
+    first = made_once("digits", lambda folder: fetch("digits", target=folder / "data")) / "data"
 
-    def make(**sections: dict[str, Any]) -> Path:
-        root = tmp_path_factory.mktemp("project")
+    def make(root: Path | None = None, **sections: dict[str, Any]) -> Path:
+        root = root or tmp_path_factory.mktemp("project")
         yaml = YAML()
         values = yaml.load(PARAMS)
         for section, changes in sections.items():
@@ -116,18 +142,23 @@ def run_training(prefect_api: str) -> Callable[..., dict[str, float]]:
 
 @pytest.fixture(scope="session")
 def project(
-    new_project: Callable[..., Path], run_training: Callable[..., dict[str, float]]
+    made_once: Callable[..., Path],
+    new_project: Callable[..., Path],
+    run_training: Callable[..., dict[str, float]],
 ) -> Path:
     """The project after training, evaluation, cold start and report. Look, do not touch."""
-    from flows.pipeline import evaluate_cold_start, evaluate_models
-    from tasks.report import build_report
 
-    root = new_project()
-    run_training(root)
-    evaluate_models(root)
-    evaluate_cold_start(root)
-    build_report(root)
-    return root
+    def make(root: Path) -> None:
+        from flows.pipeline import evaluate_cold_start, evaluate_models
+        from tasks.report import build_report
+
+        new_project(root)
+        run_training(root)
+        evaluate_models(root)
+        evaluate_cold_start(root)
+        build_report(root)
+
+    return made_once("project", make)
 
 
 @pytest.fixture
