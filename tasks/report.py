@@ -133,7 +133,7 @@ def _told(cells: Sequence[Values]) -> Values:
         "Machine": sorted(
             {
                 f"{t['gpu'] or t['processor']}, {t['workers']} workers on {t['cores']} cores, "
-                f"torch {t['torch']}"
+                f"torch {t['torch']}" + (f", {t['dtype']}" if "dtype" in t else "")
                 for t in timing
             }
         ),

@@ -113,6 +113,12 @@ def native_bf16(device: str = "cpu") -> bool:
     )
 
 
+def computes_in(precision: Literal["auto", "fp32", "bf16"], device: str = "cpu") -> torch.dtype:
+    """What experts are multiplied in: bfloat16 if asked for or, with `auto`, native."""
+    half = precision == "bf16" or (precision == "auto" and native_bf16(device))
+    return torch.bfloat16 if half else torch.float32
+
+
 class Trainer:
     """Trains and runs experts of one architecture on this process's device.
 
@@ -140,7 +146,7 @@ class Trainer:
         build: Build = build_expert,
     ) -> None:
         self.device = torch.device(device)
-        half = precision == "bf16" or (precision == "auto" and native_bf16(device))
+        half = computes_in(precision, device) == torch.bfloat16
         self.flat = FlatModel(build(model, shape, classes, 0), self.device, half)
         m, s = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
         self._scale, self._shift = 1.0 / (255.0 * s), -m / s

@@ -187,6 +187,7 @@ def test_a_comparison_trains_once_tracks_its_rows_and_is_drawn_again_from_its_ce
     assert cell["command"] == "fedcoe compare --methods fedcoe --rows plain --seeds 1"
     assert cell["settings"]["method"]["server_momentum"] == 0.0
     assert cell["timing"]["train_seconds"] > 0 and cell["timing"]["torch"]
+    assert cell["timing"]["dtype"] == "float32"  # as params.yaml says
     assert cell["reweighted"]["evaluate"]["global"] == cell["evaluate"]["global"]
     assert cell["reweighted"]["clients"] != cell["clients"]
     assert "few_shot" in cell["cold_start"] and "few_shot" not in cell["reweighted"]["cold_start"]
