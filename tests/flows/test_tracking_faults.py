@@ -97,10 +97,11 @@ def logged(store: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(
     new_project: Callable[..., Path], run_training: Callable[..., dict[str, float]]
-) -> tuple[Path, dict[str, Any]]:
-    root = new_project()
+) -> Path:
+    """A project trained for long enough that something can be killed in the middle."""
+    root = new_project(train={"rounds": 12})
     run_training(root)
-    return root, logged(f"sqlite:///{root}/.fedcoe/mlflow.db")
+    return root
 
 
 @pytest.mark.slow
@@ -109,7 +110,7 @@ def test_with_no_server_at_all_training_ends_well_and_sync_sends_everything_once
     fedcoe_command: Command,
     prefect_api: str,
     server: Server,
-    undisturbed: tuple[Path, dict[str, Any]],
+    project: Path,
     contents: Callable[..., dict[str, bytes]],
 ) -> None:
     root = new_project()
@@ -119,7 +120,7 @@ def test_with_no_server_at_all_training_ends_well_and_sync_sends_everything_once
     assert trained.returncode == 0, said
     assert said.count("does not answer") == 1 and "training goes on" in said
     assert "Traceback" not in said
-    assert contents(root, ("models",)) == contents(undisturbed[0], ("models",))
+    assert contents(root, ("models",)) == contents(project, ("models",))
 
     down = fedcoe_command(root, "sync", **at)
     assert down.returncode == 1
@@ -129,22 +130,22 @@ def test_with_no_server_at_all_training_ends_well_and_sync_sends_everything_once
     server.start()
     up = fedcoe_command(root, "sync", **at)
     assert up.returncode == 0, up.stdout + up.stderr
-    assert logged(server.url) == undisturbed[1]
+    undisturbed = logged(f"sqlite:///{project}/.fedcoe/mlflow.db")
+    assert logged(server.url) == undisturbed
     again = fedcoe_command(root, "sync", **at)
     assert again.returncode == 0 and "nothing waits" in again.stdout
-    assert logged(server.url) == undisturbed[1]
+    assert logged(server.url) == undisturbed
 
 
 @pytest.mark.slow
 def test_a_server_killed_in_the_middle_costs_no_record_and_doubles_none(
     new_project: Callable[..., Path],
     fedcoe_command: Command,
-    run_training: Callable[..., dict[str, float]],
     prefect_api: str,
     server: Server,
+    undisturbed: Path,
 ) -> None:
-    reference, root = (new_project(train={"rounds": 12}) for _ in range(2))
-    run_training(reference)
+    root = new_project(train={"rounds": 12})
     server.start()
 
     def kill_in_the_middle() -> None:
@@ -166,7 +167,7 @@ def test_a_server_killed_in_the_middle_costs_no_record_and_doubles_none(
     assert len(MlflowClient(server.url).search_runs([experiment.experiment_id])) == 1
     up = fedcoe_command(root, "sync", **at)
     assert up.returncode == 0, up.stdout + up.stderr
-    assert logged(server.url) == logged(f"sqlite:///{reference}/.fedcoe/mlflow.db")
+    assert logged(server.url) == logged(f"sqlite:///{undisturbed}/.fedcoe/mlflow.db")
 
 
 @pytest.mark.slow
@@ -198,13 +199,12 @@ def test_without_prefects_server_training_is_refused_in_one_line(
 @pytest.mark.slow
 def test_a_prefect_server_killed_in_the_middle_costs_no_work(
     new_project: Callable[..., Path],
-    run_training: Callable[..., dict[str, float]],
+    undisturbed: Path,
     tmp_path: Path,
     contents: Callable[..., dict[str, bytes]],
     free_port: Callable[[], int],
 ) -> None:
-    reference, root = (new_project(train={"rounds": 12}) for _ in range(2))
-    run_training(reference)
+    root = new_project(train={"rounds": 12})
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
@@ -239,9 +239,9 @@ def test_a_prefect_server_killed_in_the_middle_costs_no_work(
     assert training.returncode == 0, err
     assert "Traceback" not in err and "all results are written" in err
     assert "global" in out
-    assert contents(root) == contents(reference)
+    assert contents(root) == contents(undisturbed)
     logged_run = logged(f"sqlite:///{root}/.fedcoe/mlflow.db")
-    assert logged_run == logged(f"sqlite:///{reference}/.fedcoe/mlflow.db")
+    assert logged_run == logged(f"sqlite:///{undisturbed}/.fedcoe/mlflow.db")
     assert logged_run["status"] == "FINISHED"
 
 
