@@ -109,7 +109,7 @@ def test_every_ablation_of_the_repository_is_possible_and_changes_something(name
     # A sweep names its default once more, params.yaml has no patches and no balanced head: not
     # trained twice.
     same = [cell.row for cell in changed if cell.key("") == default.key("")]
-    assert set(same) <= {"m-4", "k-1", "no-patch-features", "no-balanced-head"}
+    assert set(same) <= {"m-4", "k-1", "equal-capacity", "no-patch-features", "no-balanced-head"}
 
 
 def test_all_ablations_are_the_union_of_the_sets() -> None:
