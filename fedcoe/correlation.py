@@ -88,9 +88,9 @@ def from_similarity(
 def dispatch(c: Matrix, per_client: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Give every client K experts so that the sum of log c is maximal under equal capacity.
 
-    Each expert gets between floor(nK/M) and ceil(nK/M) of the n clients: plain top-K starves
-    experts. The linear program is a transportation problem, so a vertex is integral; ties are
-    broken by draws from `rng`.
+    Each expert gets between floor(nK/M) and ceil(nK/M) of the n clients: plain top-K can
+    starve experts. The linear program is a transportation problem, so a vertex is integral; ties
+    are broken by draws from `rng`.
 
     Args:
         c: [n, M] correlation of the cohort, positive.

@@ -4,7 +4,7 @@ Server: M global experts, one gate, the correlation c[k,m] of clients with exper
 personal expert. A new client is served from the pool with no training.
 
     each round, for the cohort:
-        dispatch        K experts a client: max sum log c, at equal capacity or of each alone
+        dispatch        K experts a client: max sum log c under equal capacity, or (`top_k`) its own
         local train     each expert on its responsibility-weighted balanced-softmax loss,
                         the personal expert on plain cross-entropy
         aggregate       theta_m += eta * momentum of sum_k a[k,m] (theta_km - theta_m)
@@ -66,8 +66,8 @@ class FedCoESettings(MethodSettings):
     )
     dispatch: Literal["equal_capacity", "top_k", "random", "label_clusters"] = Field(
         "equal_capacity",
-        description="Who trains what: the most correlated at equal shares of a cohort, or each "
-        "client's K most correlated; for ablation random ones, or fixed clusters of label mixes",
+        description="Who trains what: the K most correlated, with equal shares for all experts, or "
+        "(top_k) without; for ablation random ones, or fixed clusters of label mixes",
     )
     aggregation: Literal["correlation", "uniform"] = Field(
         "correlation", description="Whether correlation weighs updates, beside sample counts"

@@ -96,9 +96,8 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def new_project(
     tmp_path_factory: pytest.TempPathFactory, made_once: Callable[..., Path], mlflow_database: Path
 ) -> Callable[..., Path]:
-    """`new_project(**sections)`: params.yaml, data/, partitions/ and an empty MLflow database.
-
-    `root` is where, a new folder by default.
+    """`new_project(root=None, **sections)`: params.yaml, data/, partitions/, an empty MLflow
+    database, without `root` in a new folder.
     """
     from ruamel.yaml import YAML
 

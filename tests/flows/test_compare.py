@@ -345,8 +345,9 @@ def test_an_unreachable_tracking_server_stops_no_comparison(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     root = new_project(train={"rounds": 1})
-    table = compare_methods(str(root), methods=["fedavg_ft"], seeds=[0], name="alone", rows=["all"])
-    assert "| fedavg_ft | all | 1 |" in table
+    options = {"methods": ["fedavg_ft"], "seeds": [0, 1], "name": "alone", "rows": ["all"]}
+    assert "| fedavg_ft | all | 2 |" in compare_methods(str(root), **options)
+    assert len(files(root / "results/alone/cells")) == 2
 
 
 @pytest.mark.parametrize("name", ["../outside", "a b"])

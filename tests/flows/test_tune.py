@@ -320,9 +320,11 @@ def test_no_trial_reads_test_images_or_labels(
     assert curve_of(root, *changes) != clean
 
 
-def test_a_trial_sees_the_validation_figures_that_training_reports(project: Path) -> None:
+def test_a_trial_sees_the_validation_figures_that_training_reports(
+    project: Path, new_project: Callable[..., Path]
+) -> None:
     rows = list(csv.DictReader(io.StringIO((project / "plots/curves.csv").read_text())))
-    found = curve_of(project)
+    found = curve_of(new_project())
     assert [round_ for round_, _ in found] == [int(row["round"]) for row in rows] == [2, 3]
     for (_, figures), row in zip(found, rows, strict=True):
         for name, value in figures.items():

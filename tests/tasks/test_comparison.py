@@ -56,7 +56,9 @@ def make_cell(
         | {"images_trained": 1200},
         "curves": [{"round": r, "bytes": 2e6 * r, **curve} for r in (2, 4)],
         "timing": {"train_seconds": 3.0 + seed, "processor": "abacus", "gpu": None}
-        | {"cores": 2, "workers": 1, "torch": "2", "dtype": "float32"},
+        | {"cores": 2, "workers": 1, "torch": "2"}
+        # Cells of before do not say it.
+        | ({"dtype": "float32"} if seed else {}),
         "settings": {section: {} for section in SECTIONS}
         | {"method": {"name": method}, "train": {"rounds": 4, "seed": seed}},
         "dataset": "toys",

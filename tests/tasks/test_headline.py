@@ -56,9 +56,17 @@ def test_margins_are_paired_by_seed_and_take_seeds_that_both_have() -> None:
     assert (mean, seeds) == (2.0, 2)
     assert (low, high) == pytest.approx((2.0 - 12.706, 2.0 + 12.706), abs=1e-3)
     assert f.ours["global"].seeds == 3 and f.ours["global"].mean == pytest.approx(53.333, abs=1e-3)
-    # The rival that leaves least, not the one with the highest mean on other seeds.
+
+
+def test_the_best_rival_is_the_better_one_on_the_seeds_that_both_have() -> None:
+    # On seed 0 FedAvg is ahead of Ditto, though over all its seeds it leaves FedCoE more.
+    f = lines(fedcoe_all=[70.0, 50.0], fedavg_all=[69.0, 40.0], ditto_plain=68.5, local_plain=1.0)
     gap, who = f.over_best("global", ("all", "plain"))
-    assert (gap.mean, who) == (2.0, "fedavg + all")
+    assert (gap.mean, gap.seeds, who) == (5.5, 2, "fedavg + all")
+    gap, who = f.over_best("global", ("plain",))
+    assert (gap.mean, gap.seeds, who) == (1.5, 1, "ditto + plain")
+    ahead = lines(fedcoe_all=[70.0, 50.0], fedavg_all=[69.0, 40.0], ditto_plain=69.5)
+    assert ahead.over_best("labels", ("all", "plain"))[1] == "ditto + plain"
 
 
 @pytest.mark.parametrize(
