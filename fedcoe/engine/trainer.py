@@ -146,8 +146,8 @@ class Trainer:
         build: Build = build_expert,
     ) -> None:
         self.device = torch.device(device)
-        half = computes_in(precision, device) == torch.bfloat16
-        self.flat = FlatModel(build(model, shape, classes, 0), self.device, half)
+        dtype = computes_in(precision, device)
+        self.flat = FlatModel(build(model, shape, classes, 0), self.device, dtype)
         m, s = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
         self._scale, self._shift = 1.0 / (255.0 * s), -m / s
 

@@ -23,7 +23,7 @@ class FlatModel:
 
     Args:
         model: any module without buffers.
-        half: compute in bfloat16.
+        dtype: of the computation.
 
     Raises:
         ValueError: the model has buffers (batch statistics). Averaging parameters while leaving
@@ -31,7 +31,10 @@ class FlatModel:
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device | str = "cpu", half: bool = False
+        self,
+        model: nn.Module,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         buffers = [name for name, _ in model.named_buffers()]
         if buffers:
@@ -39,7 +42,7 @@ class FlatModel:
         self.layout = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.vector = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).to(device)
         self.gradient = torch.zeros_like(self.vector)
-        self.dtype = torch.bfloat16 if half else torch.float32
+        self.dtype = dtype
         self.module = model.to(device=device, dtype=self.dtype)
         self._values = self.vector.to(self.dtype)
         self._gradients = self.gradient.to(self.dtype)

@@ -56,6 +56,9 @@ def test_margins_are_paired_by_seed_and_take_seeds_that_both_have() -> None:
     assert (mean, seeds) == (2.0, 2)
     assert (low, high) == pytest.approx((2.0 - 12.706, 2.0 + 12.706), abs=1e-3)
     assert f.ours["global"].seeds == 3 and f.ours["global"].mean == pytest.approx(53.333, abs=1e-3)
+    # Centralized is no rival.
+    gap, who = f.over_best("global", ("all", "plain"))
+    assert (gap.mean, who) == (2.0, "fedavg + all")
 
 
 def test_the_best_rival_is_the_better_one_on_the_seeds_that_both_have() -> None:
