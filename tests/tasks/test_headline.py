@@ -1,6 +1,7 @@
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -9,7 +10,7 @@ from tasks.comparison import COMPARED
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from headline import Figures, Found, targets, verdict
+from headline import CURVES, Figures, Found, equal_images, tally, targets, verdict
 
 
 def lines(**accuracies: float | list[float]) -> Figures:
@@ -75,17 +76,39 @@ def test_the_best_rival_is_the_better_one_on_the_seeds_that_both_have() -> None:
 @pytest.mark.parametrize(
     ("need", "found", "said"),
     [
-        (2.0, 2.0, "met"),
-        (2.0, 1.25, "missed by 0.75"),
-        (-3.0, -4.0, "missed by 1.00"),
-        (2.0, math.nan, "not measured"),
-        (math.nan, 1.0, "no target"),
+        (2.0, Found(2.5, 2.0, 3.0, 3), "met"),
+        (2.0, Found(2.5, 1.9, 3.1, 3), "met in the mean"),
+        (2.0, Found(2.0, seeds=1), "met on one seed"),
+        (2.0, Found(1.25, 0.0, 2.5, 3), "missed by 0.75"),
+        (-3.0, Found(-4.0, seeds=1), "missed by 1.00"),
+        (2.0, Found(), "not measured"),
+        (math.nan, Found(1.0), "no target"),
     ],
 )
-def test_a_target_without_cells_is_neither_met_nor_missed(
-    need: float, found: float, said: str
+def test_a_target_is_met_only_where_the_whole_interval_is(
+    need: float, found: Found, said: str
 ) -> None:
     assert verdict(need, found) == said
+
+
+def test_the_tally_counts_each_verdict_once() -> None:
+    found = ["met", "met in the mean", "missed by 0.70", "missed by 1.00", "no target"]
+    said = "Of 4 targets: 1 met, 1 met in the mean, 0 met on one seed, 2 missed."
+    assert tally(found) == said
+
+
+def test_at_equal_images_only_rows_that_trained_more_are_cut_short() -> None:
+    def cell(method: str, images: list[int]) -> dict[str, Any]:
+        curves = [
+            {"round": r, "images": n} | dict.fromkeys(CURVES.values(), r / 100)
+            for r, n in enumerate(images, 1)
+        ]
+        trained = {"images_trained": images[-1]}
+        names = {"method": method, "row": "plain", "seed": 0, "has_global": method != "local"}
+        return names | {"train": trained, "curves": curves}
+
+    cells = [cell("fedavg", [50, 100]), cell("fedcoe", [50, 104]), cell("local", [51, 102, 153])]
+    assert equal_images(cells) == [["local", "plain", "2", "-", "2.00", "-", "-", "-"]]
 
 
 def test_without_a_cell_of_fedcoe_nothing_is_found() -> None:
