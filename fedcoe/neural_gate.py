@@ -25,8 +25,10 @@ def initial(shape: tuple[int, int, int], experts: int, seed: int) -> Vector:
     return initial_vector(GateNetwork(shape, experts, draw))
 
 
-def _load(shape: tuple[int, int, int], experts: int, vector: Vector) -> FlatModel:
-    flat = FlatModel(GateNetwork(shape, experts, 0))
+def _load(
+    shape: tuple[int, int, int], experts: int, vector: Vector, device: torch.device
+) -> FlatModel:
+    flat = FlatModel(GateNetwork(shape, experts, 0), device)
     flat.load(vector)
     return flat
 
@@ -49,8 +51,9 @@ def fit(
     """
     experts = targets.shape[1]
     _, height, width, channels = images.shape
-    flat = _load((height, width, channels), experts, start)
-    x_all, q_all = torch.from_numpy(images), torch.from_numpy(targets.astype(np.float32))
+    flat = _load((height, width, channels), experts, start, trainer.device)
+    x_all = torch.from_numpy(images)
+    q_all = torch.from_numpy(targets.astype(np.float32)).to(trainer.device)
     for _ in range(work.epochs):
         order = torch.from_numpy(rng.permutation(len(targets)))
         for rows in order.split(64):
@@ -68,7 +71,7 @@ def scores(
 ) -> NDArray[np.float32]:
     """[n, M] gate scores; softmax of them is g(x)."""
     _, height, width, channels = images.shape
-    module = _load((height, width, channels), experts, vector).module
+    module = _load((height, width, channels), experts, vector, trainer.device).module
     starts = range(0, len(images), batch_size)
     parts = [module(trainer.prepare(images[start : start + batch_size])) for start in starts]
-    return np.asarray(torch.cat(parts).numpy())
+    return np.asarray(torch.cat(parts).cpu().numpy())

@@ -79,9 +79,9 @@ def finish_round(
             f"train.quorum asks for {quorum:g}{cause}"
         )
     after = method.aggregate(state, plan.orders, [total])
-    experts = np.array([m for order in plan.orders for m in order.experts])
-    clients = np.repeat([o.client for o in plan.orders], [len(o.experts) for o in plan.orders])
-    load = np.bincount(experts, minlength=method.experts) / len(experts)
+    # From the state: with IFCA clients say only then which expert they trained.
+    given = after.dispatched - state.dispatched
+    load = given.sum(axis=0) / given.sum()
     up, down = method.round_bytes(state, plan.orders)
     return after, RoundRecord(
         round=plan.round,
@@ -93,7 +93,7 @@ def finish_round(
         dropped=dict(sorted(total.dropped.items())),
         drift=[float(d) for d in drift(total)],
         load_entropy=evenness(load),
-        churn=float((state.dispatched[clients, experts] == 0).mean()) if state.round else 0.0,
+        churn=float((state.dispatched[given > 0] == 0).mean()) if state.round else 0.0,
     )
 
 

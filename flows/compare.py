@@ -98,8 +98,9 @@ def row_settings(settings: Settings, method: str, row: str) -> Settings:
     """The settings of a method in a row.
 
     `plain` is the method as its authors left it: its own defaults, FedCoE without the switches.
-    `all` has every switch on, patch filters and balanced head as in params.yaml. A method that
-    params.yaml names keeps its other settings from there.
+    `all` has every switch on, patch filters and balanced head as in params.yaml, and weighs what
+    seen clients predict with their own models alone. A method that params.yaml names keeps its
+    other settings from there.
 
     Raises:
         FedCoEError: no such method or row, or settings that exclude each other.
@@ -116,6 +117,8 @@ def row_settings(settings: Settings, method: str, row: str) -> Settings:
         momentum = momentum if method == "fedadam" else max(momentum, 0.7)
         switches = dict.fromkeys(switches, True) | {"server_momentum": momentum}
         switches |= {name: getattr(settings.method, name) for name in OF_PARAMS}
+        kind = method_class(method)
+        switches |= {"blend": True} if kind.own_model_alone and kind.has_global else {}
     elif method == "fedcoe":
         switches = dict.fromkeys(switches, False) | {"server_momentum": 0.0, "patch_filters": 0}
     named = settings.method.name == method

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from prefect import flow, task
+from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -145,7 +145,14 @@ def _train(root: Path, overrides: Sequence[str], release: bool) -> dict[str, flo
         figures: Mapping[str, float] = federated_training(str(folder), tags=tags)
         evaluate_written(folder)
         if release:
-            release_candidate(str(folder), version_of(tags))
+            version = version_of(tags)
+            if version is None:
+                get_run_logger().warning(
+                    "what was trained is not registered yet, so nothing is released; "
+                    "`fedcoe sync` sends it, `fedcoe release` judges it"
+                )
+            else:
+                release_candidate(str(folder), version)
     return dict(figures)
 
 

@@ -132,7 +132,8 @@ def _footing(settings: Mapping[str, Any]) -> Values:
     }
     # Not there where they are off.
     longest = settings["train"].get("max_update_norm", 0.0)
-    return shared | {"faults": settings.get("faults"), "train.max_update_norm": longest}
+    absent = {name: settings.get(name) for name in ("faults", "privacy")}
+    return shared | absent | {"train.max_update_norm": longest}
 
 
 def cell_name(method: str, row: str, seed: int) -> str:

@@ -201,6 +201,8 @@ class _Sender:
             self._model(run_id, record)
         elif record["status"] == "RUNNING":
             client.update_run(run_id, status="RUNNING")
+            for tag, value in record.get("tags", {}).items():
+                client.set_tag(run_id, tag, value)
         else:
             client.set_terminated(run_id, record["status"], record["time"])
 
@@ -301,18 +303,21 @@ class _Sender:
             files |= {"part": Path(scratch) / "part.json", "card": Path(scratch) / "model_card.md"}
             files["part"].write_text(json.dumps(record["config"]))
             files["card"].write_text(card)
-            info = Model.log(
+            # Made here: `Model.log` would put it into the experiment active in this process.
+            params = client.get_run(run_id).data.params
+            model = client.create_logged_model(experiment, name, run_id, params=params)
+            Model.log(
                 artifact_path=None,
                 flavor=mlflow.pyfunc,
                 run_id=run_id,
-                name=name,
+                model_id=model.model_id,
                 python_model=str(self.box.files / record["code"]),
                 artifacts={key: path.resolve().as_uri() for key, path in files.items()},
                 signature=signature,
                 pip_requirements=[record["requires"]],
                 flavor_name="pyfunc.ModelFromCode",
             )
-        return str(info.model_id)
+        return str(model.model_id)
 
 
 _PARENT = ("mlflow.parentRunId",)

@@ -108,6 +108,7 @@ def grade_model(root: Path, version: str) -> list[Graded]:
             vectorized=vectorized,
             devices=devices,
             build=bundle.method.build,
+            normalisation=(f.mean, f.std),
         )
         with Engine(site, settings.runtime.workers) as engine:
             sizes = [int((partition.client == k).sum()) for k in range(partition.clients)]
@@ -175,8 +176,9 @@ def rollback_champion() -> tuple[str, str]:
         before = [v for v in _history(client, now)[:-1] if v in there and v != now]
         if not before:
             raise FedCoEError(f"version {now} is the first champion: nothing to go back to")
-        _remember(client, before)
+        # Noted after the move: a kill in between leaves a history that still ends in what it was.
         _point(client, "champion", registered(before[-1]))
+        _remember(client, before)
     return now, before[-1]
 
 

@@ -251,7 +251,9 @@ def _open(
     if memo is not None and memo.exists():
         box = Outbox(root, memo.read_text())
         if box.first().get("store") == store:
-            box.put({"kind": "status", "status": "RUNNING"})
+            # Whoever goes on with a run finds it by its own flow run.
+            mine = {name: tags[name] for name in ("flow_run",) if name in tags}
+            box.put({"kind": "status", "status": "RUNNING", "tags": mine})
             return Tracking(box, store)
     box = Outbox(root, Outbox.new_name())
     if memo is not None:
@@ -515,16 +517,18 @@ def log_trials(study: Tracking, root: Path, trials: Sequence[Mapping[str, Any]])
         found = client.search_runs(
             [experiment], f"tags.mlflow.parentRunId = '{parent}'", max_results=50_000
         )
-        children = {run.data.tags.get("trial") for run in found}
+        children = {run.data.tags.get("trial"): run.info for run in found}
         for trial in trials:
-            if str(trial["number"]) in children:
+            child = children.get(str(trial["number"]))
+            if child is None:
+                tags = {"mlflow.parentRunId": parent, "role": "trial"}
+                tags |= {"trial": str(trial["number"])}
+                child = client.create_run(
+                    experiment, run_name=f"trial {trial['number']}", tags=tags
+                ).info
+            elif child.status in ("FINISHED", "FAILED"):
                 continue
-            tags = {"mlflow.parentRunId": parent, "role": "trial"}
-            tags |= {"trial": str(trial["number"])}
-            run_id = client.create_run(
-                experiment, run_name=f"trial {trial['number']}", tags=tags
-            ).info.run_id
-            now = _now()
+            run_id, now = child.run_id, _now()
             metrics = [
                 Metric(f"validation_{name}", value, now, row["round"])
                 for row in trial["curve"]

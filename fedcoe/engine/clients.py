@@ -45,6 +45,10 @@ class ClientData:
         """[n], in the order of `images`."""
         return np.asarray(self.dataset.y_train[self.partition.indices(client, split)])
 
+    def train_rows(self, client: int) -> NDArray[np.int64]:
+        """[n] places of `train`'s samples in the dataset."""
+        return self.partition.indices(client, TRAIN)
+
     def train(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         return self.images(client, TRAIN), self.labels(client, TRAIN)
 

@@ -56,6 +56,8 @@ class Site:
     """Worker i computes on device i modulo their number."""
     build: Build = build_expert
     """What makes the models: `Method.build`."""
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and std by channel that models were trained with; None: those of the data."""
 
     def open(self, worker: int = 0) -> ClientSide:
         # One thread a process: two OpenMP threads beside another busy process are several times
@@ -65,13 +67,14 @@ class Site:
         dataset = load_dataset(self.data)
         info = dataset.info
         height, width, channels = info.shape
+        mean, std = self.normalisation or (info.mean, info.std)
         kind = VectorizedTrainer if self.vectorized else Trainer
         trainer = kind(
             self.model,
             (height, width, channels),
             len(info.classes),
-            info.mean,
-            info.std,
+            mean,
+            std,
             self.precision,
             self.devices[worker % len(self.devices)],
             self.build,

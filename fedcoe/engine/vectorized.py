@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from fedcoe.engine.clients import TRAIN, ClientData
+from fedcoe.engine.clients import ClientData
 from fedcoe.engine.trainer import (
     Batch,
     Build,
@@ -166,7 +166,7 @@ class VectorizedTrainer(Trainer):
         return logits if isinstance(logits, tuple) else (logits,)
 
     def _plan(self, fit: Fit, work: LocalWork, data: ClientData) -> "_Plan":
-        rows = data.partition.indices(fit.client, TRAIN)
+        rows = data.train_rows(fit.client)
         height = data.dataset.x_train.shape[1]
         epochs = list(batches(work, fit.epochs(work), fit.client, len(rows), height))
         return _Plan(rows, epochs, fit.plan(work))

@@ -215,8 +215,8 @@ class Method:
     has_gate: ClassVar[bool] = False
     has_global: ClassVar[bool] = True
     """Whether there is a global model at all; without one only personalized figures mean much."""
-    shares: ClassVar[tuple[float, ...]] = tuple(np.linspace(0.0, 1.0, 11))
-    """Weights b_k of a client's personal expert that validation chooses among."""
+    own_model_alone: ClassVar[bool] = False
+    """Whether a client is predicted by its own model alone, unless `blend` says otherwise."""
     personal_models: ClassVar[bool] = True
     """Whether what a client keeps on disk is a model that it predicts with."""
     keeps_trained: ClassVar[bool] = False
@@ -283,6 +283,12 @@ class Method:
         """
         return frozenset({"reweighting"})
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Weights b_k of a client's personal expert that validation chooses among."""
+        alone = self.own_model_alone and not self.settings.blend
+        return (1.0,) if alone else tuple(np.linspace(0.0, 1.0, 11))
+
     def inert(self) -> list[str]:
         """Settings that are on and change nothing with this method, one sentence each."""
         s, faults = self.settings, self.federation.settings.faults
@@ -291,10 +297,18 @@ class Method:
             found.append(f"robust_clip: robust = {s.robust} has no such limit")
         if s.balanced_head and self.federation.settings.privacy.epsilon:
             found.append("balanced_head: with privacy nobody knows how often a class occurs")
+        if s.blend and not self.own_model_alone:
+            found.append("blend: no client is predicted by a model of its own alone")
         for name in ("patch_filters", "balanced_head"):
             if getattr(s, name) and not self.closed_form:
                 found.append(f"{name}: there is neither a coordination head nor an analytic gate")
-        if faults.attack_statistics and not self.coordinates:
+        if s.robust_trim != 0.2 and s.robust != "trimmed_mean":
+            found.append(f"robust_trim: robust = {s.robust} trims nothing")
+        if faults.attack != "none" and not self.faults.attackers:
+            found.append(f"faults.attack: attackers = {faults.attackers:g} rounds to no client")
+        if faults.attack_statistics and faults.attack == "none":
+            found.append("faults.attack_statistics: attack = none")
+        elif faults.attack_statistics and not self.coordinates:
             found.append(
                 "faults.attack_statistics: without a coordination head or gate none are sent"
             )

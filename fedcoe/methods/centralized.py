@@ -7,19 +7,23 @@ The limit of what federation can reach: as many images as FedAvg sees, with no c
 
 Communicated: the clients' data, once, which is what federated learning is there to avoid; counted
 as nothing. Balanced softmax takes the label prior of the pool. Client momentum starts anew each
-round, as it does everywhere. A new client is served by the model.
+round, as it does everywhere. A new client is served by the model. No client sends anything, so none
+of the simulated faults concerns it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcoe import prediction
+from fedcoe.config import FaultSettings
 from fedcoe.engine.clients import TRAIN, ClientData
 from fedcoe.engine.pool import ClientSide
+from fedcoe.faults import Faults
 from fedcoe.methods.base import LocalResult, Method, Order
 from fedcoe.methods.settings import MethodSettings
 from fedcoe.state import ServerState
@@ -37,6 +41,11 @@ class Pooled(ClientData):
     seen: int = 0
     rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """Places in the pool that are trained on."""
+
+    def train_rows(self, client: int) -> NDArray[np.int64]:
+        """[n] places of the chosen rows in the dataset, whoever is asked for."""
+        pool = [self.partition.indices(k, TRAIN) for k in range(self.seen)]
+        return np.concatenate(pool)[self.rows]
 
     def train(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """[n, H, W, C] images and [n] labels of the chosen rows, whoever is asked for."""
@@ -68,6 +77,17 @@ class Centralized(Method):
             return None
         pool = prediction.prior_from_counts(self.federation.label_counts.sum(axis=0))
         return np.log(pool).astype(np.float32)
+
+    @cached_property
+    def faults(self) -> Faults:
+        settings = self.federation.settings
+        return Faults(FaultSettings(), settings.train.seed, self.federation.clients)
+
+    def inert(self) -> list[str]:
+        found = super().inert()
+        if self.federation.settings.faults != FaultSettings():
+            found.append("faults: Centralized has no clients that could be late or broken")
+        return found
 
     def round_bytes(self, state: ServerState, orders: Sequence[Order]) -> tuple[int, int]:
         return 0, 0

@@ -34,7 +34,7 @@ class Ditto(Method):
     Settings = DittoSettings
     private = True
     settings: DittoSettings
-    shares = (1.0,)
+    own_model_alone = True
 
     def fits(self, side: ClientSide, state: ServerState, order: Order) -> list[Fit]:
         start = self.personal_start(side, state, order.client)

@@ -27,4 +27,4 @@ class FedAvgFT(Method):
     Settings = FedAvgFTSettings
     private = True
     is_fedavg = True
-    shares = (1.0,)
+    own_model_alone = True

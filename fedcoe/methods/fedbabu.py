@@ -30,7 +30,7 @@ class FedBABUSettings(MethodSettings):
 
 class FedBABU(Method):
     Settings = FedBABUSettings
-    shares = (1.0,)
+    own_model_alone = True
 
     def fits(self, side: ClientSide, state: ServerState, order: Order) -> list[Fit]:
         phases = (Phase(self.work(state.round + 1).epochs, "body"),)

@@ -36,7 +36,7 @@ class FedPer(Method):
     """Also the base of methods that keep other parts of a model with the client."""
 
     Settings: ClassVar[type[MethodSettings]] = FedPerSettings
-    shares = (1.0,)
+    own_model_alone = True
     keeps_trained = True
     own: ClassVar[tuple[str, ...]] = ("head.",)
     """How names of the parameters begin that stay with a client."""

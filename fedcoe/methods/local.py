@@ -38,6 +38,7 @@ class Local(Method):
 
     Settings = LocalSettings
     has_global = False
+    own_model_alone = True
     shares = (1.0,)
 
     def fits(self, side: ClientSide, state: ServerState, order: Order) -> list[Fit]:
@@ -67,7 +68,7 @@ class Local(Method):
     def inert(self) -> list[str]:
         on = [
             name
-            for name in ("balanced_softmax", "server_momentum", "coordination_head")
+            for name in ("balanced_softmax", "server_momentum", "coordination_head", "blend")
             if getattr(self.settings, name)
         ]
         if self.settings.robust != "none":

@@ -52,6 +52,12 @@ class MethodSettings(BaseModel):
         "of any other, not as often as seen clients have it",
         exclude_if=lambda value: not value,
     )
+    blend: bool = Field(
+        False,
+        description="Clients that a method predicts with their own models alone (Ditto, FedRep, "
+        "...) weigh them against the global prediction on validation, as FedCoE's always do",
+        exclude_if=lambda value: not value,
+    )
     ridge: float = Field(
         1e-5, gt=0.0, le=100.0, description="Regularisation of what is solved in closed form"
     )
@@ -79,7 +85,7 @@ class MethodSettings(BaseModel):
 
 
 PREDICTION = frozenset(
-    {"reweighting", "coordination_head", "patch_filters", "balanced_head", "ridge"}
+    {"reweighting", "coordination_head", "patch_filters", "balanced_head", "blend", "ridge"}
 )
 """Of these, what only decides how trained experts predict, as long as no method learns from it."""
 

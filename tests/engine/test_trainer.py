@@ -282,3 +282,14 @@ def test_augmentation_draws_are_a_function_of_seed_round_and_client():
     np.testing.assert_array_equal(drawn("crop_flip"), drawn("crop_flip"))
     assert not np.array_equal(drawn("crop_flip"), drawn("crop_flip", seed=1))
     assert not np.array_equal(drawn("crop_flip"), drawn("crop_flip", round=2))
+
+
+@pytest.mark.parametrize("model", ["cnn4", "cnn3x3", "gn_cnn"])
+def test_what_is_predicted_does_not_hang_on_how_many_images_are_left_for_the_last_batch(model):
+    trainer = Trainer(model, (8, 8, 1), 4, MEAN, STD)
+    start = trainer.flat.read()
+    whole, features = trainer.outputs(start, IMAGES, 20, features=True)
+    for count in (1, 2, 3, 21, 22, 23):
+        logits, own = trainer.outputs(start, IMAGES[:count], 20, features=True)
+        assert logits.tobytes() == whole[:count].tobytes()
+        assert own.tobytes() == features[:count].tobytes()

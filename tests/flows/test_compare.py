@@ -72,6 +72,25 @@ def test_patches_and_balanced_head_of_params_are_for_every_methods_row_all() -> 
         assert (plain.patch_filters, plain.balanced_head) == (0, False)
 
 
+@pytest.mark.parametrize(
+    ("method", "blends"),
+    [
+        ("ditto", True),
+        ("fedrod", True),
+        ("fedavg_ft", True),
+        ("fedcoe", False),
+        ("fedavg", False),
+        ("local", False),
+    ],
+)
+def test_row_all_weighs_own_models_where_the_method_would_use_them_alone(
+    method: str, blends: bool
+) -> None:
+    settings = validate_settings({"method": {"name": "fedcoe"}}, "test")
+    every, plain = (row_settings(settings, method, row).method for row in ("all", "plain"))
+    assert (every.blend, plain.blend) == (blends, False)
+
+
 def test_reweighting_trains_nothing_of_its_own(tmp_path: Path) -> None:
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     cells = comparison_cells(tmp_path, [], ["fedavg"], ["plain", "reweighting"], [3])

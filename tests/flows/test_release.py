@@ -124,6 +124,50 @@ def test_rollback_after_a_kill_between_note_and_move_goes_to_the_last_real_champ
     assert release.rollback_champion() == ("2", "1")
 
 
+def test_a_rollback_killed_half_way_is_completed_by_the_same_command(
+    registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import release
+
+    release.move_alias("champion", "1", None)
+    release.move_alias("champion", "2", "1")
+    with monkeypatch.context() as broken:
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        # The last step of a move: the parts have the alias already.
+        broken.setattr(release, "registered", lambda _: registry.get_model_version("fedcoe", "1"))
+        broken.setattr(
+            "mlflow.MlflowClient.set_registered_model_alias",
+            lambda self, name, *rest: killed() if name == "fedcoe" else None,
+        )
+        with pytest.raises(KeyboardInterrupt):
+            release.rollback_champion()
+    assert champions(registry)["fedcoe"] == "2"
+    assert release.rollback_champion() == ("2", "1")
+    assert champions(registry) == FIRST
+
+
+def test_a_version_is_graded_with_the_normalisation_it_was_trained_with(
+    trained_twice: Path, registry: Any, tmp_path: Path
+) -> None:
+    from tasks.release import grade_model
+
+    root = tmp_path / "project"
+    shutil.copytree(trained_twice, root, ignore=shutil.ignore_patterns(".fedcoe"))
+
+    def hits() -> list[dict[str, list[bool]]]:
+        graded = grade_model.fn(root, "2")
+        return [{name: list(found) for name, found in one.hits.items()} for one in graded]
+
+    before = hits()
+    about = json.loads((root / "data/dataset.json").read_text())
+    about |= {"mean": [0.9], "std": [0.02]}
+    (root / "data/dataset.json").write_text(json.dumps(about))
+    assert hits() == before
+
+
 RACER = """
 import sys, time
 from mlflow import MlflowClient

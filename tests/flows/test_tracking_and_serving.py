@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,10 @@ def test_mixture_gate_and_experts_are_registered_as_candidates(project: Path, st
         assert version.tags["dataset"] == "digits"
         assert {"accuracy", "load", "clients"} <= set(version.tags) or "expert" not in name
         assert "champion" not in version.aliases
+        # With the project's runs, wherever the command was given.
+        logged = stores.get_logged_model(version.source.removeprefix("models:/"))
+        assert logged.experiment_id == the_run(stores).info.experiment_id
+        assert logged.artifact_location.startswith(f"file://{project}/.fedcoe/artifacts")
 
 
 def test_a_fresh_process_predicts_with_the_accuracy_that_training_measured(
@@ -221,3 +226,50 @@ def test_retry_condition_lets_mistakes_be() -> None:
     assert may_pass(None, None, State(RuntimeError()))
     assert not may_pass(None, None, State(FedCoEError()))
     assert not may_pass(None, None, State(None))
+
+
+def test_a_run_that_another_flow_run_goes_on_with_is_found_by_that_one(
+    new_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    from tasks import tracking
+
+    root = new_project()
+    uri = f"sqlite:///{root}/.fedcoe/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for name in ("first", "second"):
+        run = tracking._open(root, root / "memo", "run", {"flow_run": name, "role": "training"}, {})
+        run.send_all()
+    client = MlflowClient(uri)
+    [found] = client.search_runs([client.get_experiment_by_name("fedcoe").experiment_id])
+    assert (found.data.tags["flow_run"], found.data.tags["role"]) == ("second", "training")
+
+
+def test_a_trial_whose_logging_broke_off_is_logged_by_a_later_call(
+    new_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    from tasks import tracking
+
+    root = new_project()
+    uri = f"sqlite:///{root}/.fedcoe/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    study = tracking.start_study(root, root / "memo", "search", {}, {"role": "study"})
+    trial = {"number": 0, "state": "complete", "value": 0.5, "params": {"train.lr": 0.1}}
+    trial |= {"curve": [{"round": 1, "global_nll": 0.7}], "error": ""}
+    with monkeypatch.context() as broken:
+
+        def slow(*_: Any, **__: Any) -> None:
+            raise TimeoutError("too slow")
+
+        broken.setattr(MlflowClient, "log_batch", slow)
+        tracking.log_trials(study, root, [trial])
+    monkeypatch.setattr(tracking.patience(study.store), "until", 0.0)
+    for _ in range(2):
+        tracking.log_trials(study, root, [trial])
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("fedcoe").experiment_id
+    [child] = client.search_runs([experiment], "tags.role = 'trial'")
+    assert (child.info.status, child.data.metrics["objective"]) == ("FINISHED", 0.5)

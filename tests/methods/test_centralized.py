@@ -68,3 +68,14 @@ def test_with_cohorts_the_images_are_drawn_from_everybody_and_others_each_round(
     assert len(set(np.searchsorted(ends, drawn[0], side="right"))) > 2
     assert len(np.unique(drawn[0])) == len(drawn[0])
     assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_it_runs_on_both_engines_on_images_of_all_clients(make_method, runs_on_both_engines):
+    runs_on_both_engines(make_method(name="centralized", train={"cohort": 0.5}))
+
+
+def test_no_simulated_fault_concerns_it(make_federation, make_engine, train, method):
+    faults = {"dropout": 0.6, "attack": "sign_flip", "attackers": 1.0}
+    federation = make_federation(method={"name": "centralized"}, faults=faults)
+    faulty = train(make_engine(), type(method)(federation), 2)
+    assert faulty.experts.tobytes() == train(make_engine(), method, 2).experts.tobytes()

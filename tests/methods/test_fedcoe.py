@@ -6,6 +6,7 @@ from scipy.special import softmax
 
 from fedcoe import correlation, neural_gate
 from fedcoe.analytic import design_matrix, message_bytes, projections
+from fedcoe.engine.trainer import Trainer
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.base import Order, Scores
 from fedcoe.prediction import sample_losses
@@ -248,6 +249,18 @@ def test_gate_bytes_are_those_of_the_message(make_method, side):
 # ----------------------------------------------------------------- neural gate
 
 NEURAL = {"gate": "neural", "coordination_head": False}
+
+
+def test_a_neural_gate_computes_where_the_trainer_does():
+    # `meta` stands in for a GPU: it computes shapes and holds no numbers to give back.
+    trainer = Trainer("gn_cnn", (8, 8, 1), 4, (0.5,), (0.2,), device="meta")
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+    start, rng = neural_gate.initial((8, 8, 1), 2, 0), np.random.default_rng(0)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+        neural_gate.scores(trainer, start, 2, images, 3)
+    work = neural_gate.Work(epochs=1, lr=0.1, load_balance=0.1)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+        neural_gate.fit(trainer, start, images, np.full((5, 2), 0.5), work, rng)
 
 
 def test_a_neural_gate_learns_a_separable_target(side):

@@ -157,3 +157,16 @@ def test_its_settings_have_ranges():
     for bad in (0, 65):
         with pytest.raises(ValidationError, match="experts"):
             settings_for({"name": "ifca", "experts": bad})
+
+
+def test_the_record_of_a_round_is_of_what_clients_picked_in_it(method, side, engine):
+    state = method.init()
+    picks = [method.pick(side, state, client) for client in range(6)]
+    after, record = train_round(engine, method, state)
+    load = np.bincount(picks, minlength=3) / 6
+    load = load[load > 0]
+    expected = -(load * np.log(load)).sum() / np.log(3)
+    assert record.load_entropy == pytest.approx(expected) and expected > 0
+    again = [method.pick(side, after, client) for client in range(6)]
+    _, second = train_round(engine, method, after)
+    assert second.churn == np.mean([a != b for a, b in zip(picks, again, strict=True)])
