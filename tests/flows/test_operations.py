@@ -364,3 +364,23 @@ def test_data_is_checked_out_from_the_cache_and_a_failure_says_what_dvc_said(
     with pytest.raises(FedCoEError, match=r"`dvc checkout data.dvc` failed: .*ERROR") as stopped:
         fetch_data.fn(root)
     assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("version", ["7", None])
+def test_nightly_judges_the_version_it_trained_or_none(
+    version: str | None,
+    new_project: Callable[..., Path],
+    prefect_api: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flows import operations
+
+    judged: list[str] = []
+    monkeypatch.setattr(operations, "federated_training", lambda *_, **__: {"global": 0.5})
+    monkeypatch.setattr(operations, "deal", lambda _: None)
+    monkeypatch.setattr(operations, "evaluate_written", lambda _: None)
+    # None: its model waits in the outbox. The alias `candidate` then names an older night's.
+    monkeypatch.setattr(operations, "version_of", lambda _: version)
+    monkeypatch.setattr(operations, "release_candidate", lambda _, found: judged.append(found))
+    assert operations.nightly(str(new_project()), fetch=False) == {"global": 0.5}
+    assert judged == ([version] if version else [])
