@@ -161,13 +161,6 @@ def test_from_nothing_to_runs_on_the_pool_releases_and_a_served_client_and_back_
         completed(run)
         assert champion()[1] == "0.05"
 
-        # Worse again: refused.
-        best = champion()
-        completed(start("nightly/nightly", overrides=[*WORSE, "train.seed=1"]))
-        assert champion() == best
-        candidate = store.get_model_version_by_alias("fedcoe", "candidate")
-        assert candidate.tags["release_verdict"] == "refused"
-
     # A client that arrives today is served by the champion, from the same registry.
     images = np.load(site / "data/x_test.npy")[:200]
     body = {
