@@ -117,10 +117,10 @@ def row_settings(settings: Settings, method: str, row: str) -> Settings:
         momentum = momentum if method == "fedadam" else max(momentum, 0.7)
         switches = dict.fromkeys(switches, True) | {"server_momentum": momentum}
         switches |= {name: getattr(settings.method, name) for name in OF_PARAMS}
-        kind = method_class(method)
-        switches |= {"blend": True} if kind.own_model_alone and kind.has_global else {}
     elif method == "fedcoe":
         switches = dict.fromkeys(switches, False) | {"server_momentum": 0.0, "patch_filters": 0}
+    kind = method_class(method)
+    switches["blend"] = row == "all" and kind.own_model_alone and kind.has_global
     named = settings.method.name == method
     kept = settings.method.model_dump(mode="json") if named else {"name": method}
     found = validate_settings({"method": kept | switches}, f"{method}, row {row}").method

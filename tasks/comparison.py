@@ -111,6 +111,7 @@ def check_footing(cells: Sequence[Values], folder: Path) -> None:
             for switch in OF_PARAMS:  # left out of settings when off
                 off = MethodSettings.model_fields[switch].default
                 found[(f"method.{switch}", "all")] = method.get(switch, off)
+            found[("method.blend", cell["method"])] = method.get("blend", False)
         name = cell_name(cell["method"], cell["row"], cell["seed"])
         for what, value in found.items():
             before, known = first.setdefault(what, (name, value))

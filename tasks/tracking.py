@@ -495,7 +495,7 @@ def start_study(
 
 
 def log_trials(study: Tracking, root: Path, trials: Sequence[Mapping[str, Any]]) -> None:
-    """One run a trial under the study's; those that are there already are left alone.
+    """One run a trial under the study's; those that ended there are left alone.
 
     They go to MLflow directly: where it is out of reach, a later call logs them.
 
@@ -528,7 +528,8 @@ def log_trials(study: Tracking, root: Path, trials: Sequence[Mapping[str, Any]])
                 ).info
             elif child.status in ("FINISHED", "FAILED"):
                 continue
-            run_id, now = child.run_id, _now()
+            # Of the run, so that what is sent a second time is the same to MLflow.
+            run_id, now = child.run_id, child.start_time
             metrics = [
                 Metric(f"validation_{name}", value, now, row["round"])
                 for row in trial["curve"]

@@ -74,6 +74,18 @@ def test_a_personal_expert_gets_the_share_it_earns_on_validation(fedavg):
     assert [row["personal_share"] for row in found.clients] == state.share.tolist()
 
 
+@pytest.mark.parametrize(("blend", "shares"), [(False, [1, 1, 1]), (True, [1, 0, 0])])
+def test_own_models_count_alone_unless_they_are_to_be_blended(make_method, blend, shares):
+    clients = [
+        client(0, 4, 6, personal=9.0),  # much better than the global model
+        client(1, 10, 0, personal=-9.0),  # much worse
+        client(2, 10, 0, personal=-9.0),
+    ]
+    state, found = run(make_method(name="ditto", blend=blend), clients)
+    np.testing.assert_allclose(state.share[:3], shares)
+    assert [row["accuracy"] for row in found.clients] == ([1, 1, 1] if blend else [1, 0, 0])
+
+
 def test_shares_are_chosen_on_validation_and_never_on_test(fedavg):
     good, bad = client(0, 10, personal=-9.0), client(0, 0, 10, personal=9.0)
     mixed = replace(

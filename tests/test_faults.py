@@ -401,6 +401,7 @@ def test_settings_that_cannot_matter_say_so(faulty):
         ({"attack_statistics": True}, "faults.attack_statistics: attack = none"),
         ({"attack": "scale", "attackers": 0.01}, "faults.attack: attackers = 0.01 rounds to no"),
         ({"method": {"name": "centralized"}, "nan": 0.5}, "faults: Centralized has no clients"),
+        ({"method": {"name": "centralized"}, "attack": "scale"}, "faults: Centralized has no"),
     ):
         [said] = faulty(**settings).inert()
         assert said.startswith(what)

@@ -84,7 +84,7 @@ class Centralized(Method):
         return Faults(FaultSettings(), settings.train.seed, self.federation.clients)
 
     def inert(self) -> list[str]:
-        found = super().inert()
+        found = [said for said in super().inert() if not said.startswith("faults.")]
         if self.federation.settings.faults != FaultSettings():
             found.append("faults: Centralized has no clients that could be late or broken")
         return found

@@ -89,6 +89,8 @@ def test_row_all_weighs_own_models_where_the_method_would_use_them_alone(
     settings = validate_settings({"method": {"name": "fedcoe"}}, "test")
     every, plain = (row_settings(settings, method, row).method for row in ("all", "plain"))
     assert (every.blend, plain.blend) == (blends, False)
+    asked = validate_settings({"method": {"name": method, "blend": True}}, "test")
+    assert not row_settings(asked, method, "plain").method.blend
 
 
 def test_reweighting_trains_nothing_of_its_own(tmp_path: Path) -> None:

@@ -246,8 +246,9 @@ def test_a_run_that_another_flow_run_goes_on_with_is_found_by_that_one(
     assert (found.data.tags["flow_run"], found.data.tags["role"]) == ("second", "training")
 
 
+@pytest.mark.parametrize("step", ["log_batch", "set_terminated"])
 def test_a_trial_whose_logging_broke_off_is_logged_by_a_later_call(
-    new_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    step: str, new_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
@@ -264,7 +265,7 @@ def test_a_trial_whose_logging_broke_off_is_logged_by_a_later_call(
         def slow(*_: Any, **__: Any) -> None:
             raise TimeoutError("too slow")
 
-        broken.setattr(MlflowClient, "log_batch", slow)
+        broken.setattr(MlflowClient, step, slow)
         tracking.log_trials(study, root, [trial])
     monkeypatch.setattr(tracking.patience(study.store), "until", 0.0)
     for _ in range(2):
@@ -273,3 +274,5 @@ def test_a_trial_whose_logging_broke_off_is_logged_by_a_later_call(
     experiment = client.get_experiment_by_name("fedcoe").experiment_id
     [child] = client.search_runs([experiment], "tags.role = 'trial'")
     assert (child.info.status, child.data.metrics["objective"]) == ("FINISHED", 0.5)
+    for name in ("objective", "validation_global_nll"):
+        assert len(client.get_metric_history(child.info.run_id, name)) == 1

@@ -98,7 +98,7 @@ def test_fine_tuning_leaves_the_common_model_alone(make_method, make_engine, tra
 
 def test_the_personalized_prediction_is_the_fine_tuned_model_alone(method, engine, train):
     state = train(engine, method, 2)
-    assert method.own_model_alone
+    assert method.shares == (1.0,)
     side = engine.run(lambda side: side)
     [scores] = engine.run(score_clients, method, state, [3])
     images = np.concatenate([side.data.images(3, split) for split in (1, 2)])

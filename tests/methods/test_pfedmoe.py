@@ -146,7 +146,7 @@ def test_the_personal_model_is_the_averaged_body_with_the_clients_own_parts(meth
 
 
 def test_the_personalized_prediction_is_the_personal_model_alone(method):
-    assert method.own_model_alone
+    assert method.shares == (1.0,)
     p = np.array([[0.1, 0.7, 0.1, 0.1]], np.float32)
     scores = Scores(np.zeros((1, 1, 4), np.float32), personal=np.log(p))
     found = np.exp(method.predict_client(method.init(), 0, scores, 1.0))
