@@ -109,7 +109,8 @@ def row_settings(settings: Settings, method: str, row: str) -> Settings:
         raise FedCoEError(f"no method {method!r}; there are: {', '.join(method_names())}")
     if row not in ROWS:
         raise FedCoEError(f"no row {row!r}; there are: {', '.join(ROWS)} (reweighting with plain)")
-    own = method_class(method).Settings(name=method)
+    kind = method_class(method)
+    own = kind.Settings(name=method)
     switches = {name: getattr(own, name) for name in SWITCHES if hasattr(own, name)}
     if row == "all":
         # FedAdam's momentum is a moving average, not a heavy ball: more of it is not the switch.
@@ -119,7 +120,6 @@ def row_settings(settings: Settings, method: str, row: str) -> Settings:
         switches |= {name: getattr(settings.method, name) for name in OF_PARAMS}
     elif method == "fedcoe":
         switches = dict.fromkeys(switches, False) | {"server_momentum": 0.0, "patch_filters": 0}
-    kind = method_class(method)
     switches["blend"] = row == "all" and kind.own_model_alone and kind.has_global
     named = settings.method.name == method
     kept = settings.method.model_dump(mode="json") if named else {"name": method}
