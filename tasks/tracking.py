@@ -252,7 +252,7 @@ def _open(
         box = Outbox(root, memo.read_text())
         if box.first().get("store") == store:
             # Whoever goes on with a run finds it by its own flow run.
-            mine = {name: tags[name] for name in ("flow_run",) if name in tags}
+            mine = {name: value for name, value in tags.items() if name == "flow_run"}
             box.put({"kind": "status", "status": "RUNNING", "tags": mine})
             return Tracking(box, store)
     box = Outbox(root, Outbox.new_name())
