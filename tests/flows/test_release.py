@@ -105,48 +105,49 @@ def test_promotion_and_rollback_by_hand_move_all_parts_together(registry: Any) -
         move_alias("champion", "9", "1")
 
 
+@pytest.fixture
+def succeeded(registry: Any) -> Any:
+    """The registry after two releases: version 1 was the champion, version 2 is."""
+    from tasks.release import move_alias
+
+    move_alias("champion", "1", None)
+    move_alias("champion", "2", "1")
+    return registry
+
+
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_rollback_after_a_kill_between_note_and_move_goes_to_the_last_real_champion(
-    registry: Any, monkeypatch: pytest.MonkeyPatch
+    succeeded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tasks import release
 
-    release.move_alias("champion", "1", None)
-    release.move_alias("champion", "2", "1")
     with monkeypatch.context() as broken:
-
-        def killed(*_: Any) -> None:
-            raise KeyboardInterrupt
-
         broken.setattr(release, "_point", killed)
         with pytest.raises(KeyboardInterrupt):
             release.move_alias("champion", "1", "2")
-    assert champions(registry) == SECOND
+    assert champions(succeeded) == SECOND
     assert release.rollback_champion() == ("2", "1")
 
 
 def test_a_rollback_killed_half_way_is_completed_by_the_same_command(
-    registry: Any, monkeypatch: pytest.MonkeyPatch
+    succeeded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tasks import release
 
-    release.move_alias("champion", "1", None)
-    release.move_alias("champion", "2", "1")
     with monkeypatch.context() as broken:
-
-        def killed(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        # The last step of a move: the parts have the alias already.
-        broken.setattr(release, "registered", lambda _: registry.get_model_version("fedcoe", "1"))
+        # At the mixture, the last step of a move.
         broken.setattr(
             "mlflow.MlflowClient.set_registered_model_alias",
             lambda self, name, *rest: killed() if name == "fedcoe" else None,
         )
         with pytest.raises(KeyboardInterrupt):
             release.rollback_champion()
-    assert champions(registry)["fedcoe"] == "2"
+    assert champions(succeeded)["fedcoe"] == "2"
     assert release.rollback_champion() == ("2", "1")
-    assert champions(registry) == FIRST
+    assert champions(succeeded) == FIRST
 
 
 def test_a_version_is_graded_with_the_normalisation_it_was_trained_with(

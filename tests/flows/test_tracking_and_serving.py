@@ -228,35 +228,37 @@ def test_retry_condition_lets_mistakes_be() -> None:
     assert not may_pass(None, None, State(None))
 
 
-def test_a_run_that_another_flow_run_goes_on_with_is_found_by_that_one(
-    new_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def untracked(new_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with an empty MLflow database, which is the one in force."""
+    root = new_project()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/.fedcoe/mlflow.db")
+    return root
+
+
+def test_a_run_that_another_flow_run_goes_on_with_is_found_by_that_one(untracked: Path) -> None:
     from mlflow import MlflowClient
 
     from tasks import tracking
 
-    root = new_project()
-    uri = f"sqlite:///{root}/.fedcoe/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    root = untracked
     for name in ("first", "second"):
         run = tracking._open(root, root / "memo", "run", {"flow_run": name, "role": "training"}, {})
         run.send_all()
-    client = MlflowClient(uri)
+    client = MlflowClient()
     [found] = client.search_runs([client.get_experiment_by_name("fedcoe").experiment_id])
     assert (found.data.tags["flow_run"], found.data.tags["role"]) == ("second", "training")
 
 
 @pytest.mark.parametrize("step", ["log_batch", "set_terminated"])
 def test_a_trial_whose_logging_broke_off_is_logged_by_a_later_call(
-    step: str, new_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    step: str, untracked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
     from tasks import tracking
 
-    root = new_project()
-    uri = f"sqlite:///{root}/.fedcoe/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    root = untracked
     study = tracking.start_study(root, root / "memo", "search", {}, {"role": "study"})
     trial = {"number": 0, "state": "complete", "value": 0.5, "params": {"train.lr": 0.1}}
     trial |= {"curve": [{"round": 1, "global_nll": 0.7}], "error": ""}
@@ -270,7 +272,7 @@ def test_a_trial_whose_logging_broke_off_is_logged_by_a_later_call(
     monkeypatch.setattr(tracking.patience(study.store), "until", 0.0)
     for _ in range(2):
         tracking.log_trials(study, root, [trial])
-    client = MlflowClient(uri)
+    client = MlflowClient()
     experiment = client.get_experiment_by_name("fedcoe").experiment_id
     [child] = client.search_runs([experiment], "tags.role = 'trial'")
     assert (child.info.status, child.data.metrics["objective"]) == ("FINISHED", 0.5)
