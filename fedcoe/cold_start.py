@@ -94,9 +94,10 @@ def _serve(side: ClientSide, method: Method, state: ServerState, client: int) ->
 
 
 def summary(clients: Sequence[NewClient]) -> dict[str, dict[str, float]]:
-    """Mode to the figures of `metrics.over_clients`."""
+    """Mode to the figures of `metrics.over_clients`; the order of clients does not matter."""
     modes = clients[0].tallies if clients else {}
-    return {mode: over_clients([c.tallies[mode] for c in clients]) for mode in modes}
+    ordered = sorted(clients, key=lambda c: c.client)
+    return {mode: over_clients([c.tallies[mode] for c in ordered]) for mode in modes}
 
 
 def rows(clients: Sequence[NewClient], data: ClientData) -> list[dict[str, Any]]:

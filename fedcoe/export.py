@@ -90,9 +90,8 @@ class Mixture(Program):
         seed = f.settings.train.seed
         keep("projection", projections(method.experts, width, method.gate_features, seed))
         self.patches = method.patches
-        # Reweighting to the uniform prior; what is constant over classes falls out.
-        keep("experts_prior", np.log(method.trained_prior))
-        keep("head_prior", np.log(method.head_prior))
+        keep("experts_prior", np.log(method.trained_prior) - np.log(method.pooled_prior))
+        keep("head_prior", np.log(method.head_prior) - np.log(method.pooled_prior))
 
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.outputs(images)
@@ -100,7 +99,7 @@ class Mixture(Program):
         if not self.calibrated:
             return F.softmax(logits, dim=-1).mean(dim=0)
         c = self.calibration
-        experts = F.log_softmax(logits * c["experts"], dim=-1)
+        experts = F.log_softmax(logits * c.get("experts", 1.0), dim=-1)
         experts = F.log_softmax(experts - self.experts_prior, dim=-1)
         fixed = [] if self.patches is None else [self.patches(images)]
         design = self._design([h for _, h in outputs], fixed)

@@ -1,8 +1,9 @@
 """Whether a candidate may replace the champion: both predict the same images, and are compared.
 
 Clients' training splits are what a model may read of them, forward only; graded are the validation
-splits of the seen clients and the test splits of the new ones. So versions compare that were
-trained on different clients, and personal experts, which never leave their clients, play no part.
+splits, of seen and of new clients: test splits are for figures that nothing was chosen by. Versions
+compare that were trained on different clients, and personal experts, which never leave their
+clients, play no part.
 
 The interval is that of a paired bootstrap over images, drawn anew within each client: how much a
 figure would change if these clients had brought other images. It does not say what other clients
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcoe.cold_start import predict_labels, predict_none, predict_unlabelled
-from fedcoe.engine.clients import TEST, TRAIN, VALIDATION
+from fedcoe.engine.clients import TRAIN, VALIDATION
 from fedcoe.engine.pool import ClientSide
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.base import Method, Scores
@@ -91,9 +92,8 @@ def grade_clients(
 def _grade(side: ClientSide, method: Method, state: ServerState, client: int) -> Graded:
     data = side.data
     new = client >= data.partition.seen
-    split = TEST if new else VALIDATION
-    inputs, images = data.images(client, TRAIN), data.images(client, split)
-    truth, labels = data.labels(client, split), data.labels(client, TRAIN)
+    inputs, images = data.images(client, TRAIN), data.images(client, VALIDATION)
+    truth, labels = data.labels(client, VALIDATION), data.labels(client, TRAIN)
     if not len(images):
         return Graded(client, {})
     both = method.score(side.trainer, state, np.concatenate([inputs, images]))

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedcoe.cold_start import serve_clients, summary
 from fedcoe.config import PartitionSettings, Settings, validate_settings
 from fedcoe.data.dataset import Dataset, RawDataset, load_dataset, write_dataset
 from fedcoe.data.partition import Partition, load_partition, make_partition, save_partition
 from fedcoe.engine.clients import ClientData
 from fedcoe.engine.pool import ClientSide, Engine, Site
 from fedcoe.engine.trainer import Build
+from fedcoe.evaluate import Evaluation, evaluate, score_clients, score_global
 from fedcoe.methods.base import Federation, Method
 from fedcoe.methods.settings import method_class
 from fedcoe.models import build_expert
@@ -176,3 +178,39 @@ def train() -> Callable[..., ServerState]:
         return state
 
     return run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    state: ServerState
+    evaluation: Evaluation
+    cold_start: dict[str, dict[str, float]]
+
+
+@pytest.fixture
+def two_rounds(world, train, tmp_path: Path) -> Iterator[Callable[..., Outcome]]:
+    """two_rounds(method, vectorized=False, device="cpu"): train, evaluate and serve new clients."""
+    with ExitStack() as stack:
+        made: list[Engine] = []
+
+        def run(method: Method, vectorized: bool = False, device: str = "cpu") -> Outcome:
+            site = Site(
+                world.folder / "data",
+                world.folder / "partitions",
+                tmp_path / f"own-{len(made)}",
+                "gn_cnn",
+                vectorized=vectorized,
+                devices=(device,),
+                build=method.build,
+            )
+            made.append(stack.enter_context(Engine(site, 1)))
+            engine = made[-1]
+            state = train(engine, method, 2)
+            clients = engine.run(score_clients, method, state, range(6))
+            overall = engine.run(score_global, method, state, np.arange(48))
+            labels = np.asarray(world.dataset.y_test)
+            state, evaluation = evaluate(method, state, clients, overall, labels)
+            served = engine.run(serve_clients, method, state, [6, 7])
+            return Outcome(state, evaluation, summary(served))
+
+        yield run

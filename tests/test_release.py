@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedcoe.engine.clients import TEST, TRAIN
+from fedcoe.engine.clients import TRAIN, VALIDATION
 from fedcoe.errors import FedCoEError
 from fedcoe.release import (
     FIGURES,
@@ -89,15 +89,13 @@ def test_nothing_to_compare_on_is_an_error():
         compare(graded(), graded())
 
 
-def test_seen_clients_are_graded_on_validation_and_new_ones_on_test(
-    make_method, engine, side, train
-):
+def test_clients_are_graded_on_validation_images(make_method, engine, side, train):
     method = make_method()
     state = train(engine, method, 2)
     seen, new = grade_clients(side, method, state, [0, 6])
     assert set(seen.hits) == {name for name in FIGURES if name.startswith("validation")}
     assert set(new.hits) == {name for name in FIGURES if name.startswith("new")}
-    images, labels = side.data.images(6, TEST), side.data.labels(6, TEST)
+    images, labels = side.data.images(6, VALIDATION), side.data.labels(6, VALIDATION)
     none = method.predict_global(state, method.score(side.trainer, state, images))
     np.testing.assert_array_equal(new.hits["new_none"], none.argmax(1) == labels)
     assert side.data.labels(6, TRAIN).size

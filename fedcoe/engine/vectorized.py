@@ -235,10 +235,9 @@ class _Stack:
         shifts = [0.0 if fit.logit_shift is None else fit.logit_shift for fit in fits]
         classes = max((s.size for s in shifts if isinstance(s, np.ndarray)), default=1)
         self.shift = put(np.stack([np.broadcast_to(np.float32(s), classes) for s in shifts]))
-        self.anchor, self.pull = None, put(np.array([[fit.pull] for fit in fits], np.float32))
-        if any(fit.anchor is not None and fit.pull for fit in fits):
-            # A fit without an anchor is not pulled, so any vector serves.
+        # A fit without an anchor is not pulled, so any vector serves.
+        pulls = [[0.0 if fit.anchor is None else fit.pull] for fit in fits]
+        self.anchor, self.pull = None, put(np.array(pulls, np.float32))
+        if any(map(any, pulls)):
             anchors = [fit.start if fit.anchor is None else fit.anchor for fit in fits]
             self.anchor = put(np.stack(anchors))
-            free = [fit.anchor is None for fit in fits]
-            self.pull[torch.tensor(free, device=device)] = 0.0

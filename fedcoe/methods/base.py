@@ -754,12 +754,23 @@ class Method:
         return self.federation.label_prior
 
     @property
+    def pooled_prior(self) -> NDArray[np.float64]:
+        """[C] label prior that `pooled` predicts under: uniform with a coordination head.
+
+        Without, that of the experts, for every method: taking the seen clients' label mix out of a
+        global prediction is no part of a gate, and it helps on a balanced test set.
+        """
+        return self.uniform if self.settings.coordination_head else self.trained_prior
+
+    @property
     def calibrated(self) -> bool:
-        """Whether temperatures and weights are fitted on validation, or used as they start."""
+        """Whether `pooled` predicts, with temperatures and weights fitted on validation."""
         return bool(self.settings.coordination_head)
 
     def grids(self) -> dict[str, tuple[float, tuple[float, ...]]]:
-        """What is calibrated: start value and the values tried."""
+        """What is calibrated: start value and the values tried. Nothing here without a head."""
+        if not self.settings.coordination_head:
+            return {}
         return {
             "head": (0.5, (0.0, 0.25, 0.5, 0.75, 1.0)),
             "head_sharpness": (8.0, (3.0, 5.0, 8.0, 12.0, 18.0, 27.0)),
@@ -799,9 +810,9 @@ class Method:
                         log_p = self.pooled(candidate, scores, state.correlation[client])
                         log_p = self.for_prior(log_p, prior)
                     else:
-                        # Validation has the seen clients' label mix, the prediction none.
+                        # Validation has the seen clients' label mix.
                         log_p = self.pooled(candidate, scores)
-                        log_p = prediction.reweight(log_p, f.label_prior, self.uniform)
+                        log_p = prediction.reweight(log_p, f.label_prior, self.pooled_prior)
                     nll -= float(log_p[np.arange(len(labels)), labels].sum())
                 return nll
 
@@ -829,13 +840,13 @@ class Method:
         scores: Scores,
         correlation: NDArray[np.float64] | None = None,
     ) -> Log:
-        """[n, C] log probabilities under a uniform label prior.
+        """[n, C] log probabilities under `pooled_prior`.
 
         Mixture of experts by the gate and the client's correlation, where there are any, pooled
         with the coordination head.
         """
-        experts = prediction.log_posterior(scores.experts, calibration["experts"])
-        experts = prediction.reweight(experts, self.uniform, self.trained_prior)
+        experts = prediction.log_posterior(scores.experts, calibration.get("experts", 1.0))
+        experts = prediction.reweight(experts, self.pooled_prior, self.trained_prior)
         weights = np.zeros(self.experts)
         if correlation is not None:
             log_c = np.log(np.maximum(correlation, 1e-300))
@@ -846,14 +857,14 @@ class Method:
         if scores.head is None:
             return log_p
         head = prediction.log_posterior(scores.head, calibration["head_sharpness"])
-        head = prediction.reweight(head, self.uniform, self.head_prior)
+        head = prediction.reweight(head, self.pooled_prior, self.head_prior)
         return prediction.interpolate(log_p, head, calibration["head"])
 
     def for_prior(self, log_p: Log, prior: NDArray[np.float64] | None) -> Log:
         """What `pooled` gives, reweighted to a client's label prior [C] where that is on."""
         if prior is None or not self.settings.reweighting:
             return log_p
-        return prediction.reweight(log_p, prior, self.uniform)
+        return prediction.reweight(log_p, prior, self.pooled_prior)
 
     def log_gate(self, state: ServerState, scores: Scores) -> Log:
         """[n, M] log g(x): uniform without a gate."""

@@ -5,9 +5,9 @@
         aggregate       bodies, weighted by n_k; heads stay
 
 Personalized prediction: the averaged body under the client's head. The paper has no model for a
-client without a head: new clients, and the global prediction, get the mean of the cohort's heads,
-which is averaged for that alone and not counted as communicated. A seen client that no cohort has
-included yet gets the same.
+client without a head: new clients, and the global prediction, get the mean of all seen clients'
+heads as they are now, weighted by n_k (the head everyone starts with, where no cohort has included
+a client yet). It is averaged for that alone and not counted as communicated.
 
 Communicated: the body, down and up. With the head shared too, it is FedAvg.
 """
@@ -22,10 +22,14 @@ from numpy.typing import NDArray
 
 from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit
-from fedcoe.methods.base import Method, Order
+from fedcoe.exact_sum import ExactSum
+from fedcoe.methods.base import LocalResult, Method, Order, merged
 from fedcoe.methods.settings import MethodSettings
 from fedcoe.models.flat import FlatModel, Vector
 from fedcoe.state import ServerState
+
+LARGEST = 2.0**12
+"""Of a change of an own part in any parameter; beyond it the exact sum could overflow."""
 
 
 class FedPerSettings(MethodSettings):
@@ -68,12 +72,39 @@ class FedPer(Method):
         own = self.personal_start(side, state, order.client)
         return [replace(fit, start=self.with_own(fit.start, own)) for fit in fits]
 
-    def server_step(self, state: ServerState, update: NDArray[np.float64]) -> ServerState:
-        """Own parts are averaged plainly: a mean of heads has nothing to gain from momentum."""
-        after = super().server_step(state, update)
+    def note(
+        self,
+        side: ClientSide,
+        state: ServerState,
+        result: LocalResult,
+        fit: Fit,
+        delta: Vector,
+    ) -> None:
+        """What a client's own parts add to the mean of everybody's."""
+        kept = side.personal.load(fit.client, state.round + 1)
+        change = self.own_of(kept) - self.own_of(fit.start)
+        # A model can have diverged whose update an attacker made up.
+        if change.size and np.abs(change).max() < LARGEST:
+            counts = self.federation.train_counts
+            total = result.extra.setdefault("own", ExactSum.zeros(change.size))
+            total.add(change, float(counts[fit.client] / counts.sum()))
+
+    def own_of(self, vector: Vector) -> Vector:
+        """The own parts of a [P] vector, joined."""
+        return np.concatenate([vector[:0], *(vector[part] for part in self.own_parts)])
+
+    def aggregate(
+        self, state: ServerState, orders: Sequence[Order], results: Sequence[LocalResult]
+    ) -> ServerState:
+        """Own parts become the mean over all seen clients, which no momentum carries further."""
+        total = merged(results)
+        after = super().aggregate(state, orders, [total])
         experts, momentum = after.experts.copy(), after.momentum.copy()
+        own = self.own_of(state.experts[0])
+        if "own" in total.extra:
+            own = (own + total.extra["own"].value()).astype(np.float32)
         for part in self.own_parts:
-            experts[:, part] = state.experts[:, part] + update[:, part]
+            experts[:, part], own = own[: part.stop - part.start], own[part.stop - part.start :]
             momentum[:, part] = 0.0
         return replace(after, experts=experts, momentum=momentum)
 

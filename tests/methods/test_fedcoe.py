@@ -6,8 +6,9 @@ from scipy.special import softmax
 
 from fedcoe import correlation, neural_gate
 from fedcoe.analytic import design_matrix, message_bytes, projections
-from fedcoe.engine.trainer import Trainer
+from fedcoe.cold_start import predict_labels, predict_unlabelled
 from fedcoe.errors import FedCoEError
+from fedcoe.evaluate import evaluate, score_clients, score_global
 from fedcoe.methods.base import Order, Scores
 from fedcoe.prediction import sample_losses
 from fedcoe.rounds import finetune, gate_clients, plan_round, train_round, update_gate
@@ -249,18 +250,6 @@ def test_gate_bytes_are_those_of_the_message(make_method, side):
 # ----------------------------------------------------------------- neural gate
 
 NEURAL = {"gate": "neural", "coordination_head": False}
-
-
-def test_a_neural_gate_computes_where_the_trainer_does():
-    # `meta` stands in for a GPU: it computes shapes and holds no numbers to give back.
-    trainer = Trainer("gn_cnn", (8, 8, 1), 4, (0.5,), (0.2,), device="meta")
-    images = np.zeros((5, 8, 8, 1), np.uint8)
-    start, rng = neural_gate.initial((8, 8, 1), 2, 0), np.random.default_rng(0)
-    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
-        neural_gate.scores(trainer, start, 2, images, 3)
-    work = neural_gate.Work(epochs=1, lr=0.1, load_balance=0.1)
-    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
-        neural_gate.fit(trainer, start, images, np.full((5, 2), 0.5), work, rng)
 
 
 def test_a_neural_gate_learns_a_separable_target(side):
@@ -602,3 +591,31 @@ def test_fine_tuned_personal_experts_start_from_the_most_correlated_expert_and_c
     alone = make_method(experts=2, personal_expert=False, train={"rounds": 3})
     assert pool.experts.tobytes() == train(make_engine(), alone, 3).experts.tobytes()
     assert (pool.personal_round == 3).all()
+
+
+def test_with_one_expert_and_no_switch_it_predicts_as_fedavg_does(make_method, engine, train):
+    """So what it is ahead of FedAvg in row plain, experts and gate have brought."""
+    off = {"balanced_softmax": False, "server_momentum": 0.0, "coordination_head": False}
+    one = {"name": "fedcoe", "experts": 1, "personal_expert": False}
+    for reweighting in (False, True):
+        method = make_method(**one, **off, reweighting=reweighting)
+        fedavg = make_method(name="fedavg", **off, reweighting=reweighting)
+        state = train(engine, method, 2)
+        side = engine.run(lambda side: side)
+        clients = engine.run(score_clients, method, state, ALL)
+        overall = engine.run(score_global, method, state, np.arange(48))
+        state, _ = evaluate(method, state, clients, overall, np.array(side.data.dataset.y_test))
+        theirs = replace(state, extra={}, calibration={}, share=np.zeros(6))
+        np.testing.assert_array_equal(state.share, 0.0)
+        scores = fedavg.score(side.trainer, theirs, np.array(side.data.dataset.x_test))
+        ours = method.score(side.trainer, state, np.array(side.data.dataset.x_test))
+        assert ours.gate is not None and len({*method.federation.label_prior}) > 1
+        given, labels = ours.rows(slice(9)), np.arange(9) % 4
+        for predict, more in (
+            (lambda m, st, sc: m.predict_global(st, sc), ()),
+            (lambda m, st, sc: m.predict_client(st, 3, sc, 0.0), ()),
+            (predict_unlabelled, (given,)),
+            (predict_labels, (given, labels)),
+        ):
+            expected = predict(fedavg, theirs, scores, *more)
+            np.testing.assert_allclose(predict(method, state, ours, *more), expected, atol=1e-6)

@@ -3,7 +3,7 @@ import pytest
 
 from fedcoe.bundle import export_models, load_bundle
 from fedcoe.evaluate import score_clients
-from fedcoe.methods.base import Scores
+from fedcoe.methods.base import LocalResult, Scores
 from fedcoe.methods.fedper import FedPer
 from fedcoe.rounds import train_round
 from fedcoe.state import PersonalStore
@@ -126,6 +126,32 @@ def test_the_global_prediction_uses_the_mean_head(method, side):
     scores = method.score(side.trainer, after, images)
     expected = side.trainer.outputs(mean, images, 64)[0]
     np.testing.assert_allclose(scores.experts[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fedper", "fedrep", "pfedmoe"])
+def test_the_mean_of_own_parts_is_that_of_all_clients_not_of_the_last_cohort(
+    make_method, make_engine, train, name
+):
+    method = make_method(name=name, train={"cohort": 0.5})
+    engine = make_engine(build=method.build)
+    state = train(engine, method, 5)
+    side = engine.run(lambda side: side)
+    assert np.unique(state.personal_round).size > 2
+    own = [method.own_of(method.personal_start(side, state, k)).astype(float) for k in range(6)]
+    n = method.federation.train_counts
+    mean = (n / n.sum()) @ np.stack(own)
+    found = method.own_of(state.experts[0])
+    np.testing.assert_allclose(found, mean, rtol=0, atol=1e-6)
+
+
+def test_a_model_that_diverged_stays_out_of_the_mean_of_own_parts(make_method, side):
+    method = make_method(name="fedper")
+    state = method.init()
+    [fit] = method.fits(side, state, method.dispatch(state, [2])[0])
+    side.personal.save(2, 1, np.full_like(fit.start, np.nan))
+    result = LocalResult.zeros(*state.experts.shape)
+    method.note(side, state, result, fit, fit.start)
+    assert not result.extra
 
 
 def test_the_personalized_prediction_is_the_personal_model_alone(method, two_rounds):
