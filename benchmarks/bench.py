@@ -19,7 +19,8 @@ from fedcoe.config import Settings, validate_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import Partition, make_partition, save_partition
 from fedcoe.engine.clients import ClientData
-from fedcoe.engine.pool import Engine, Site, hardware
+from fedcoe.engine.devices import hardware
+from fedcoe.engine.pool import Engine, Site
 from fedcoe.engine.trainer import native_bf16
 from fedcoe.methods.base import Federation, Method
 from fedcoe.methods.settings import method_class
@@ -59,7 +60,7 @@ def ground(
         )
         clients = ClientData(dataset, partition)
         method = method_class(settings.method.name)(Federation.of(settings, clients))
-        vectorized, devices = hardware(settings.runtime.engine)
+        vectorized, devices = hardware(settings.runtime.engine, settings.runtime.device)
         site = Site(
             data,
             folder / "partitions",

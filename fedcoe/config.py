@@ -215,13 +215,18 @@ class ColdStartSettings(Section):
 
 
 class RuntimeSettings(Section):
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="auto = GPUs where torch can use any, else the processor",
+        exclude_if=lambda value: value == "auto",
+    )
     engine: Literal["auto", "sequential", "vectorized"] = Field(
         "auto",
-        description="auto = vectorized on GPUs where there are any, else sequential on cores",
+        description="One model after another, or many at once; auto = vectorized on GPUs",
     )
     workers: int = Field(0, ge=0, le=512, description="Worker processes; 0 = one a core or GPU")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto = bf16 where the processor multiplies it natively"
+        "auto", description="auto = bf16 where the device multiplies it natively"
     )
 
 

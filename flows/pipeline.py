@@ -15,7 +15,8 @@ from fedcoe.config import load_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition, make_partition, save_partition
 from fedcoe.engine.clients import ClientData
-from fedcoe.engine.pool import Engine, Site, hardware
+from fedcoe.engine.devices import hardware
+from fedcoe.engine.pool import Engine, Site
 from fedcoe.errors import FedCoEError
 from fedcoe.evaluate import evaluate, join_scores, score_clients, score_global
 from tasks.files import evaluation_figures, write_csv, write_json
@@ -94,7 +95,7 @@ def open_models(root: Path) -> Iterator[tuple[Bundle, ClientData, Engine]]:
     settings = load_settings(root / "params.yaml")
     bundle = load_bundle(root / "models")
     data = ClientData(load_dataset(root / "data"), load_partition(root / "partitions"))
-    vectorized, devices = hardware(settings.runtime.engine)
+    vectorized, devices = hardware(settings.runtime.engine, settings.runtime.device)
     site = Site(
         root / "data",
         root / "partitions",

@@ -11,6 +11,7 @@ from prefect.runtime import flow_run
 
 from fedcoe.config import load_settings
 from fedcoe.data.dataset import load_dataset
+from fedcoe.engine.devices import visible
 from fedcoe.locks import Lock
 from fedcoe.methods.settings import method_class
 from fedcoe.search_space import search_space
@@ -89,7 +90,9 @@ def tune(
 def _search(study: Study, tracking: Tracking, workers: int) -> None:
     plan = study.plan
     report_study(study)
-    processes = [TrialProcess(plan, workers) for _ in range(workers)]
+    # Several on one GPU if there are fewer GPUs than processes.
+    gpus: Sequence[str | None] = visible() or [None]
+    processes = [TrialProcess(plan, workers, gpus[i % len(gpus)]) for i in range(workers)]
     try:
         running = [
             search.submit(study, tracking, process, f"{i + 1}/{workers}")

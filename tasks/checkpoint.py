@@ -181,6 +181,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         "data": "data/ holds other images",
         "partition": "the data is dealt to clients otherwise",
         "code": "the source of fedcoe/ has changed",
+        "computed": "it was computed on another device or by another engine",
     }
     old, new = flat(there.get("settings", {})), flat(here["settings"])
     found = [

@@ -59,15 +59,21 @@ def _pins() -> Finding:
 def _devices() -> list[Finding]:
     import torch
 
+    from fedcoe.engine.devices import gpus
     from fedcoe.engine.trainer import native_bf16
 
     cores = len(os.sched_getaffinity(0))
     precision = "bf16 natively" if native_bf16() else "fp32 (no native bf16)"
     findings = [_finding("ok", "processor", f"{cores} cores, {precision}")]
-    for index in range(torch.cuda.device_count()):
-        findings.append(_finding("ok", f"cuda:{index}", torch.cuda.get_device_name(index)))
-    if not torch.cuda.device_count():
+    usable, seen = gpus(), torch.cuda.device_count()
+    findings += [_finding("ok", name, torch.cuda.get_device_name(name)) for name in usable]
+    if not seen:
         findings.append(_finding("note", "cuda", "no GPU here; training runs on the processor"))
+    elif len(usable) < seen:
+        built = " ".join(torch.cuda.get_arch_list()) or "none"
+        advice = f"driver for CUDA {torch.version.cuda} or newer; kernels here: {built}"
+        left = f"{seen - len(usable)} of {seen} GPUs are of no use to this torch: {advice}"
+        findings.append(_finding("note", "cuda", left))
     return findings
 
 

@@ -20,7 +20,8 @@ from fedcoe.config import load_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition
 from fedcoe.engine.clients import ClientData
-from fedcoe.engine.pool import Engine, Site, hardware
+from fedcoe.engine.devices import hardware
+from fedcoe.engine.pool import Engine, Site
 from fedcoe.errors import FedCoEError
 from fedcoe.locks import Lock
 from fedcoe.release import CONFIDENCE, Difference, Graded, grade_clients
@@ -98,7 +99,7 @@ def grade_model(root: Path, version: str) -> list[Graded]:
                 f"has {info.shape} in {len(info.classes)}: there is nothing to compare; "
                 "move aliases by hand: `fedcoe promote`"
             )
-        vectorized, devices = hardware(settings.runtime.engine)
+        vectorized, devices = hardware(settings.runtime.engine, settings.runtime.device)
         site = Site(
             root / "data",
             root / "partitions",

@@ -20,7 +20,6 @@ from prefect.cache_policies import NO_CACHE
 from fedcoe.bundle import export_models
 from fedcoe.cold_start import NewClient, summary
 from fedcoe.cold_start import rows as new_client_rows
-from fedcoe.engine.trainer import computes_in
 from fedcoe.evaluate import Evaluation
 from fedcoe.state import ServerState
 from tasks.checkpoint import History, spent
@@ -135,13 +134,14 @@ def _scored(run: Run, evaluation: Evaluation, new: Sequence[NewClient]) -> dict[
 
 
 def _machine(run: Run) -> dict[str, Any]:
-    cpu, site = Path("/proc/cpuinfo"), run.engine.site
+    cpu = Path("/proc/cpuinfo")
+    _, dtype, *kinds = run.computed
     names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": None if kinds == ["cpu"] else ", ".join(kinds),
         "cores": os.cpu_count(),
         "workers": run.engine.workers,
         "torch": torch.__version__,
-        "dtype": str(computes_in(site.precision, site.devices[0])).removeprefix("torch."),
+        "dtype": dtype,
     }

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import fedcoe
 from fedcoe import __version__
 from fedcoe.config import Settings, fingerprint_of
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition
 from fedcoe.engine.clients import ClientData
-from fedcoe.engine.pool import Engine, Site, hardware
+from fedcoe.engine.devices import hardware
+from fedcoe.engine.pool import Engine, Site
+from fedcoe.engine.trainer import computes_in
 from fedcoe.methods.base import Federation, Method
 from fedcoe.methods.settings import method_class
 from fedcoe.state import PersonalStore
@@ -47,7 +51,16 @@ class Run:
     def origin(self) -> dict[str, Any]:
         """What a checkpoint of this run says it was made from."""
         named = _named(self.settings).model_dump(mode="json")
-        return {"settings": named, **_fingerprints(self.data), "code": self.code}
+        prints = _fingerprints(self.data)
+        return {"settings": named, **prints, "code": self.code, "computed": self.computed}
+
+    @property
+    def computed(self) -> list[str]:
+        """What `auto` in `runtime` came to: the engine, what it computes in, and on what."""
+        site = self.engine.site
+        names = (d if d == "cpu" else torch.cuda.get_device_name(d) for d in site.devices)
+        dtype = str(computes_in(site.precision, site.devices[0])).removeprefix("torch.")
+        return ["vectorized" if site.vectorized else "sequential", dtype, *sorted(set(names))]
 
 
 def run_key(settings: Settings, data: ClientData) -> str:
@@ -91,7 +104,7 @@ def open_run(settings: Settings, root: Path, partitions: Path) -> Iterator[Run]:
     method: Method = method_class(settings.method.name)(Federation.of(settings, data))
     key, code = run_key(settings, data), code_hash()
     personal = root / ".fedcoe" / "runs" / f"{settings.method.name}-{key}" / "personal"
-    vectorized, devices = hardware(settings.runtime.engine)
+    vectorized, devices = hardware(settings.runtime.engine, settings.runtime.device)
     site = Site(
         root / "data",
         partitions,

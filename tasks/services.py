@@ -111,19 +111,12 @@ def down(root: Path) -> int:
     return len(stopped)
 
 
-def devices() -> dict[str, str | None]:
-    """This machine's worker names, and the GPU each is to see; without a GPU one that sees none.
+def devices() -> dict[str, str]:
+    """This machine's worker names, and the GPU each is to see; without a GPU one that sees none."""
+    from fedcoe.engine.devices import visible
 
-    GPUs that CUDA_VISIBLE_DEVICES hides stay hidden.
-    """
-    import torch
-
-    host, count = socket.gethostname(), torch.cuda.device_count()
-    if not count:
-        return {f"{host}-cpu": None}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    ids = visible.split(",") if visible else [str(index) for index in range(count)]
-    return {f"{host}-gpu{index.strip()}": index.strip() for index in ids[:count]}
+    host = socket.gethostname()
+    return {f"{host}-gpu{name}": name for name in visible()} or {f"{host}-cpu": ""}
 
 
 def _environment(root: Path) -> dict[str, str]:
@@ -209,16 +202,13 @@ def _pool(client: "SyncPrefectClient", slots: int, ours: bool) -> bool:
     return False
 
 
-def _worker(
-    root: Path, name: str, gpu: str | None, environment: Mapping[str, str]
-) -> tuple[Service, str]:
+def _worker(root: Path, name: str, gpu: str, environment: Mapping[str, str]) -> tuple[Service, str]:
     if running := recorded(root).get(name):
         return running, "was up"
     words = ["worker", "start", "--pool", POOL, "--type", "process", "--name", name]
     words += ["--limit", "1", "--no-create-pool-if-not-found"]
-    own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     command = [sys.executable, "-m", "prefect", *words]
-    return start(root, name, command, {**environment, **own}), "started"
+    return start(root, name, command, {**environment, "CUDA_VISIBLE_DEVICES": gpu}), "started"
 
 
 def _online(client: "SyncPrefectClient", name: str, worker: Service) -> bool:

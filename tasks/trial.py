@@ -19,7 +19,7 @@ from typing import Any
 from optuna.trial import Trial, TrialState
 
 from fedcoe.config import Settings
-from fedcoe.engine.pool import hardware
+from fedcoe.engine.devices import hardware
 from fedcoe.errors import FedCoEError
 from fedcoe.evaluate import score_validation, validate
 from fedcoe.rounds import (
@@ -67,7 +67,7 @@ def trial_settings(plan: Plan, params: dict[str, Any], processes: int = 1) -> Se
     """
     settings = with_values(plan.settings, params)
     values: dict[str, Any] = {"train.rounds": plan.tune.rounds or settings.train.rounds}
-    if not hardware(settings.runtime.engine)[0]:
+    if not hardware(settings.runtime.engine, settings.runtime.device)[0]:
         cores = settings.runtime.workers or len(os.sched_getaffinity(0))
         values["runtime.workers"] = max(1, cores // processes)
     return with_values(settings, values)
@@ -113,8 +113,10 @@ _study: Study | None = None
 _processes = 1
 
 
-def _start(plan: Plan, processes: int) -> None:
+def _start(plan: Plan, processes: int, gpu: str | None) -> None:
     global _study, _processes
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     # Ctrl-C is the parent's to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _leave())
@@ -146,10 +148,10 @@ def _next() -> str | None:
 
 
 class TrialProcess:
-    """A process that runs one trial after another; replaced if it dies."""
+    """A process that runs one trial after another, on one GPU if given; replaced if it dies."""
 
-    def __init__(self, plan: Plan, processes: int) -> None:
-        self.plan, self.processes = plan, processes
+    def __init__(self, plan: Plan, processes: int, gpu: str | None = None) -> None:
+        self.plan, self.processes, self.gpu = plan, processes, gpu
         self._pool: ProcessPoolExecutor | None = None
         self._stopped = False
         self._pid = 0
@@ -164,9 +166,8 @@ class TrialProcess:
             try:
                 if self._pool is None:
                     context = multiprocessing.get_context("spawn")
-                    self._pool = ProcessPoolExecutor(
-                        1, context, _start, (self.plan, self.processes)
-                    )
+                    given = (self.plan, self.processes, self.gpu)
+                    self._pool = ProcessPoolExecutor(1, context, _start, given)
                     self._pid = self._pool.submit(os.getpid).result()
                 return self._pool.submit(_next).result()
             except BrokenProcessPool:

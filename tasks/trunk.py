@@ -8,7 +8,6 @@ import torch
 
 from fedcoe.config import fingerprint_of
 from fedcoe.durable import sweep
-from fedcoe.engine.trainer import native_bf16
 from fedcoe.errors import FedCoEError
 from fedcoe.rounds import RoundRecord, gate_traffic
 from fedcoe.state import ServerState, load_state, save_state
@@ -21,12 +20,11 @@ _CODE = code_hash()
 
 
 def _folder(run: Run) -> Path:
-    site = run.engine.site
     key = {
         "settings": trunk_settings(run.settings),
         "origin": [run.origin[name] for name in ("data", "partition", "version")],
         # A trunk outlives its run, and with `auto` these decide too.
-        "machine": [torch.__version__, site.vectorized, site.devices, native_bf16()],
+        "machine": [torch.__version__, *run.computed],
     }
     return run.root / ".fedcoe" / "trunks" / _CODE[:16] / fingerprint_of(key)
 

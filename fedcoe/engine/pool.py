@@ -2,7 +2,8 @@
 
 An engine holds clients' data and a trainer and runs functions beside them. Methods hand it
 functions of a `ClientSide`; they never know how many processes there are. Results are the same
-bytes whatever the number of workers: each model is trained by one thread, and sums are exact.
+bytes whatever the number of workers on processors: each model is trained by one thread, and sums
+are exact. On GPUs they are the same to rounding.
 """
 
 import multiprocessing
@@ -16,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-import torch
-from threadpoolctl import threadpool_limits
-
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition
 from fedcoe.engine.clients import ClientData
+from fedcoe.engine.devices import no_memory, set_up
 from fedcoe.engine.trainer import Build, Trainer
 from fedcoe.engine.vectorized import VectorizedTrainer
 from fedcoe.errors import FedCoEError
@@ -60,10 +59,8 @@ class Site:
     """Mean and std by channel that models were trained with; None: those of the data."""
 
     def open(self, worker: int = 0) -> ClientSide:
-        # One thread a process: two OpenMP threads beside another busy process are several times
-        # slower than one, and results must not depend on the thread count.
-        torch.set_num_threads(1)
-        threadpool_limits(1)
+        device = self.devices[worker % len(self.devices)]
+        set_up(device, len(self.devices))
         dataset = load_dataset(self.data)
         info = dataset.info
         height, width, channels = info.shape
@@ -76,7 +73,7 @@ class Site:
             mean,
             std,
             self.precision,
-            self.devices[worker % len(self.devices)],
+            device,
             self.build,
         )
         return ClientSide(
@@ -128,21 +125,12 @@ def _within_memory(side: ClientSide, function: Callable[..., R], args: tuple[obj
     try:
         return function(side, *args)
     except (MemoryError, RuntimeError) as error:
-        # torch has a class for a full GPU, and for a full machine only words.
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if full or "can't allocate memory" in str(error):
+        if no_memory(error):
             raise _NoMemory(str(error).splitlines()[0] if str(error) else "") from None
         raise
 
 
-def hardware(engine: Literal["auto", "sequential", "vectorized"]) -> tuple[bool, tuple[str, ...]]:
-    """Whether to train vectorized, and on which devices, as `runtime.engine` asks."""
-    gpus = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
-    vectorized = engine == "vectorized" or (engine == "auto" and bool(gpus))
-    return vectorized, gpus if vectorized and gpus else ("cpu",)
-
-
-_LESS = "lower runtime.workers or train.batch_size"
+_LESS = "lower runtime.workers, train.batch_size or evaluate.batch_size"
 
 
 class Engine:

@@ -108,7 +108,8 @@ class FitResult:
 def native_bf16(device: str = "cpu") -> bool:
     """Whether the device multiplies bfloat16 natively (processors: AVX512-BF16 or AMX)."""
     if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        # Of this device: torch's own question is about the current one.
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
     return bool(
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     ) and any(

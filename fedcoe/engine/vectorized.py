@@ -18,6 +18,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from fedcoe.engine.clients import ClientData
+from fedcoe.engine.devices import no_memory
 from fedcoe.engine.trainer import (
     Batch,
     Build,
@@ -65,8 +66,8 @@ class VectorizedTrainer(Trainer):
     ) -> list[FitResult]:
         try:
             return self._fit_together(fits, work, data)
-        except torch.OutOfMemoryError:
-            if len(fits) == 1:
+        except RuntimeError as error:
+            if len(fits) == 1 or not no_memory(error):
                 raise
         # Outside the handler, whose traceback would keep the tensors alive.
         torch.cuda.empty_cache()
@@ -99,7 +100,7 @@ class VectorizedTrainer(Trainer):
         order = sorted(range(len(fits)), key=lambda i: -plans[i].steps)
         stack = _Stack([fits[i] for i in order], [plans[i] for i in order], self.device)
         images, labels = self._images(data)
-        vector = stack.start.requires_grad_()
+        vector = stack.start
         velocity = torch.zeros_like(vector)
         loss_sum = torch.zeros(len(fits), device=self.device)
         border = vector.shape[1] - self.head_parameters
@@ -109,8 +110,11 @@ class VectorizedTrainer(Trainer):
             batch = images[rows.reshape(-1)]
             if stack.moves is not None:
                 batch = move(batch, stack.moves[step, part].reshape(-1, 3))
-            x = self.prepare(batch).unflatten(0, rows.shape)
-            first, *others = self._forward(vector[part].to(self.flat.dtype), x.to(self.flat.dtype))
+            # Of those still training alone, and written in place: `w` lies in `vector`.
+            w = vector[part].detach().requires_grad_()
+            x = self.prepare(batch).unflatten(0, rows.shape).to(self.flat.dtype)
+            # Under vmap GroupNorm does not take channels-last images of several channels.
+            first, *others = self._forward(w.to(self.flat.dtype), x.contiguous())
             truth = labels[rows.reshape(-1)]
             each = torch.zeros(rows.shape, device=self.device)
             for logits in (first.float() + stack.shift[part, None, :], *others):
@@ -119,9 +123,9 @@ class VectorizedTrainer(Trainer):
                 ).view(rows.shape)
             weight = mask if stack.weights is None else mask * stack.weights[step, part]
             loss = (weight * each).sum(1) / weight.sum(1).clamp_min(1e-6)
-            [gradient] = torch.autograd.grad(loss.sum(), vector)
+            [g] = torch.autograd.grad(loss.sum(), w)
             with torch.no_grad():
-                g, v, w = gradient[part], velocity[part], vector[part]
+                v = velocity[part]
                 if stack.correction is not None:
                     g.add_(stack.correction[part])
                 if work.weight_decay:
@@ -139,7 +143,7 @@ class VectorizedTrainer(Trainer):
                 v.mul_(work.momentum).add_(g)
                 w.add_(v, alpha=-work.lr)
                 loss_sum[part] += loss * stack.last_epoch[step, part]
-        vectors = vector.detach().cpu().numpy()
+        vectors = vector.cpu().numpy()
         losses = loss_sum.cpu().numpy()
         results: list[FitResult | None] = [None] * len(fits)
         for place, i in enumerate(order):

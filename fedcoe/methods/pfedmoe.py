@@ -8,8 +8,8 @@
 s is the logistic function, norm a layer normalisation. The paper makes G small, so that clients'
 models may differ; here all clients have one architecture and G has it too. Personalized prediction:
 the averaged G with the client's own parts. The paper has no model for a client without these: new
-clients and the global prediction get the mean of everybody's parts, averaged for that alone and not
-counted as communicated. Communicated: G, down and up. A step costs two bodies.
+clients and the global prediction get the mean of all seen clients' parts, as in FedPer.
+Communicated: G, down and up. A step costs two bodies.
 """
 
 from typing import Literal, cast

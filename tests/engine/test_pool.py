@@ -135,7 +135,7 @@ def test_training_that_gets_no_memory_is_tried_once_more_and_then_said_in_one_li
     given = (method, state.for_clients(), orders)
     with pytest.raises(FedCoEError, match="memory ran out twice at the same work") as caught:
         engine.run(train_with_little_memory, *given, 100_000)
-    assert "lower runtime.workers or train.batch_size" in str(caught.value)
+    assert "lower runtime.workers, train.batch_size or evaluate.batch_size" in str(caught.value)
     assert "\n" not in str(caught.value)
     # The worker lives, and with enough it does the work.
     assert engine.run(train_with_little_memory, *given, 2**33) > 0

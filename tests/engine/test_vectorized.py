@@ -67,6 +67,23 @@ def test_every_fit_is_that_of_the_sequential_trainer(world, fits, changes):
     assert_same(trainers, fits(world.data), replace(WORK, **changes), world.data)
 
 
+@pytest.mark.parametrize("model", ["cnn4", "gn_cnn", "resnet8"])
+def test_one_model_alone_on_images_in_colour(make_world, world, model):
+    """Its images lie channels-last, which GroupNorm does not take under vmap."""
+
+    def in_colour(raw):
+        x_train, x_test = (np.repeat(x, 3, axis=3) for x in (raw.x_train, raw.x_test))
+        return replace(raw, x_train=x_train, x_test=x_test)
+
+    data = make_world(in_colour, world.partition).data
+    arguments = (model, (8, 8, 3), 4, (0.4,) * 3, (0.25,) * 3)
+    start = initial_vector(build_expert(model, (8, 8, 3), 4, 1))
+    work = replace(WORK, epochs=1)
+    assert_same(
+        (Trainer(*arguments), VectorizedTrainer(*arguments)), [Fit(0, 0, start)], work, data
+    )
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_the_size_of_a_chunk_does_not_matter(world, chunk):
     trainers = Trainer(*ARGUMENTS), VectorizedTrainer(*ARGUMENTS, chunk=chunk)
@@ -97,14 +114,23 @@ def test_a_model_that_diverges_does_not_touch_its_neighbours(world):
     np.testing.assert_allclose(found[2], alone[1], atol=1e-4)
 
 
-def test_starts_are_left_alone_and_memory_running_out_halves_the_chunk(world, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError,
+        lambda: RuntimeError("GET was unable to find an engine to execute this computation"),
+        lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+    ids=["torch", "no workspace", "cudnn"],
+)
+def test_starts_are_left_alone_and_memory_running_out_halves_the_chunk(world, monkeypatch, error):
     trainer, sizes = VectorizedTrainer(*ARGUMENTS), []
     real = VectorizedTrainer._fit_together
 
     def small(self, fits, work, data):
         sizes.append(len(fits))
         if len(fits) > 2:
-            raise torch.OutOfMemoryError
+            raise error()
         return real(self, fits, work, data)
 
     monkeypatch.setattr(VectorizedTrainer, "_fit_together", small)
@@ -114,3 +140,14 @@ def test_starts_are_left_alone_and_memory_running_out_halves_the_chunk(world, mo
     np.testing.assert_array_equal(START, before)
     assert max(sizes) == 6
     assert trainer.chunk <= 2
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(world, monkeypatch):
+    trainer = VectorizedTrainer(*ARGUMENTS)
+
+    def broken(self, fits, work, data):
+        raise RuntimeError("expected scalar type Float but found Half")
+
+    monkeypatch.setattr(VectorizedTrainer, "_fit_together", broken)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        list(trainer.fit(mixed_fits(world.data), WORK, world.data))

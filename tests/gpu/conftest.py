@@ -77,9 +77,9 @@ def _run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     on_gpu = [t for t in given if isinstance(t, GpuTensor)]
     elsewhere = [t for t in given if isinstance(t, Tensor) and not isinstance(t, GpuTensor)]
     indices = operation in MAY_HAVE_INDICES_ON_THE_PROCESSOR and isinstance(args[0], GpuTensor)
-    if on_gpu and any(t.dim() for t in elsewhere):
-        if not indices and operation not in CROSSES_DEVICES:
-            raise RuntimeError(f"{operation}: expected all tensors to be on the same device")
+    mixed = on_gpu and any(t.dim() for t in elsewhere)
+    if mixed and not indices and operation not in CROSSES_DEVICES:
+        raise RuntimeError(f"{operation}: expected all tensors to be on the same device")
     asked = kwargs.get("device")
     if operation is aten.copy_.default:
         result_on_gpu = isinstance(args[0], GpuTensor)

@@ -34,13 +34,19 @@ def test_the_pretend_gpu_refuses_what_a_real_one_refuses(gpu, inside):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"name": name} for name in method_names()] + [{"name": "fedcoe"} | e for e in EXTRAS.values()],
-    ids=[*method_names(), *EXTRAS],
+    ("vectorized", "settings"),
+    [
+        *((True, {"name": name}) for name in method_names()),
+        *((True, {"name": "fedcoe"} | extra) for extra in EXTRAS.values()),
+        *((False, {"name": name}) for name in ("fedcoe", "fedrep", "scaffold", "fedem")),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
-def test_a_method_does_on_a_gpu_what_it_does_on_a_processor(gpu, make_method, two_rounds, settings):
+def test_a_method_does_on_a_gpu_what_it_does_on_a_processor(
+    gpu, make_method, two_rounds, vectorized, settings
+):
     method = make_method(**settings)
-    found, expected = (two_rounds(method, True, device) for device in (gpu, "cpu"))
+    found, expected = (two_rounds(method, vectorized, device) for device in (gpu, "cpu"))
     moved = np.abs(expected.state.experts - method.init().experts).max()
     np.testing.assert_allclose(
         found.state.experts, expected.state.experts, rtol=0, atol=1e-3 * moved
