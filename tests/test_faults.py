@@ -395,13 +395,16 @@ def test_below_the_quorum_only_what_diverged_is_blamed_on_the_learning_rate(faul
 def test_settings_that_cannot_matter_say_so(faulty):
     assert faulty().inert() == []
     [said] = faulty({"name": "local"}, nan=0.5).inert()
-    assert said.startswith("faults: Local sends nothing")
+    assert said.startswith("faults: with local clients send no updates")
     for settings, what in (
         ({"attack": "scale", "attack_statistics": True}, "faults.attack_statistics: without"),
         ({"attack_statistics": True}, "faults.attack_statistics: attack = none"),
         ({"attack": "scale", "attackers": 0.01}, "faults.attack: attackers = 0.01 rounds to no"),
-        ({"method": {"name": "centralized"}, "nan": 0.5}, "faults: Centralized has no clients"),
-        ({"method": {"name": "centralized"}, "attack": "scale"}, "faults: Centralized has no"),
+        ({"method": {"name": "centralized"}, "nan": 0.5}, "faults: with centralized clients send"),
+        (
+            {"method": {"name": "centralized"}, "attack": "scale"},
+            "faults: with centralized clients",
+        ),
     ):
         [said] = faulty(**settings).inert()
         assert said.startswith(what)

@@ -31,7 +31,7 @@ from scipy.special import log_softmax
 
 from fedcoe import prediction, robust
 from fedcoe.analytic import Statistics, design_matrix, message_bytes, projections
-from fedcoe.config import Settings
+from fedcoe.config import FaultSettings, Settings
 from fedcoe.engine.clients import TRAIN, ClientData
 from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit, LocalWork, Phase, Trainer
@@ -221,6 +221,8 @@ class Method:
     """Whether what a client keeps on disk is a model that it predicts with."""
     keeps_trained: ClassVar[bool] = False
     """Whether a client keeps its trained copy of an expert as its personal model."""
+    sends_updates: ClassVar[bool] = True
+    """Whether clients send anything in a round that could be late, broken or made up."""
     is_fedavg: ClassVar[bool] = False
     """Whether its rounds are those of FedAvg with the same switches."""
     private: ClassVar[bool] = False
@@ -291,8 +293,7 @@ class Method:
 
     def inert(self) -> list[str]:
         """Settings that are on and change nothing with this method, one sentence each."""
-        s, faults = self.settings, self.federation.settings.faults
-        found = []
+        s, found = self.settings, []
         if s.robust_clip and s.robust != "norm_clip":
             found.append(f"robust_clip: robust = {s.robust} has no such limit")
         if s.balanced_head and self.federation.settings.privacy.epsilon:
@@ -304,6 +305,15 @@ class Method:
                 found.append(f"{name}: there is neither a coordination head nor an analytic gate")
         if s.robust_trim != 0.2 and s.robust != "trimmed_mean":
             found.append(f"robust_trim: robust = {s.robust} trims nothing")
+        return found + self.inert_faults()
+
+    def inert_faults(self) -> list[str]:
+        """Of the simulated faults, what is asked for and changes nothing."""
+        faults, found = self.federation.settings.faults, []
+        if not self.sends_updates:
+            if faults == FaultSettings():
+                return []
+            return [f"faults: with {self.settings.name} clients send no updates to be broken"]
         if faults.attack != "none" and not self.faults.attackers:
             found.append(f"faults.attack: attackers = {faults.attackers:g} rounds to no client")
         if faults.attack_statistics and faults.attack == "none":
@@ -590,7 +600,8 @@ class Method:
     def faults(self) -> Faults:
         """The simulated client faults of this run."""
         settings = self.federation.settings
-        return Faults(settings.faults, settings.train.seed, self.federation.clients)
+        faults = settings.faults if self.sends_updates else FaultSettings()
+        return Faults(faults, settings.train.seed, self.federation.clients)
 
     def inbox(self, state: ServerState, orders: Sequence[Order]) -> Inbox:
         """Where the answers to these orders arrive."""

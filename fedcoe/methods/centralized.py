@@ -13,17 +13,14 @@ of the simulated faults concerns it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcoe import prediction
-from fedcoe.config import FaultSettings
 from fedcoe.engine.clients import TRAIN, ClientData
 from fedcoe.engine.pool import ClientSide
-from fedcoe.faults import Faults
 from fedcoe.methods.base import LocalResult, Method, Order
 from fedcoe.methods.settings import MethodSettings
 from fedcoe.state import ServerState
@@ -58,6 +55,7 @@ class Centralized(Method):
     """FedAvg with one client that has everybody's data; the first of the cohort stands for it."""
 
     Settings = CentralizedSettings
+    sends_updates = False
 
     def dispatch(self, state: ServerState, cohort: Sequence[int]) -> list[Order]:
         return self.orders(state, cohort[:1], np.zeros((1, 1), np.int64))
@@ -77,17 +75,6 @@ class Centralized(Method):
             return None
         pool = prediction.prior_from_counts(self.federation.label_counts.sum(axis=0))
         return np.log(pool).astype(np.float32)
-
-    @cached_property
-    def faults(self) -> Faults:
-        settings = self.federation.settings
-        return Faults(FaultSettings(), settings.train.seed, self.federation.clients)
-
-    def inert(self) -> list[str]:
-        found = [said for said in super().inert() if not said.startswith("faults.")]
-        if self.federation.settings.faults != FaultSettings():
-            found.append("faults: Centralized has no clients that could be late or broken")
-        return found
 
     def round_bytes(self, state: ServerState, orders: Sequence[Order]) -> tuple[int, int]:
         return 0, 0

@@ -21,7 +21,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcoe.config import FaultSettings
 from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit, Trainer
 from fedcoe.methods.base import LocalResult, Method, Order, Scores
@@ -39,6 +38,7 @@ class Local(Method):
     Settings = LocalSettings
     has_global = False
     own_model_alone = True
+    sends_updates = False
     shares = (1.0,)
 
     def fits(self, side: ClientSide, state: ServerState, order: Order) -> list[Fit]:
@@ -74,9 +74,7 @@ class Local(Method):
         if self.settings.robust != "none":
             on.append("robust")
         found = [f"{name}: Local shares no model that it could change" for name in on]
-        if self.federation.settings.faults != FaultSettings():
-            found.append("faults: Local sends nothing that could be late or broken")
-        return found
+        return found + self.inert_faults()
 
     @property
     def coordinates(self) -> bool:
