@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -344,7 +344,8 @@ def load_settings(path: str | Path = "params.yaml", overrides: Sequence[str] = (
             target[name] = _load_yaml(text)
         except Exception as error:
             raise FedCoEError(f"override {override!r}: {one_line(error)}") from None
-    return validate_settings(values, str(path))
+    given = {override.partition("=")[0].strip() for override in overrides}
+    return validate_settings(values, str(path), given)
 
 
 def load_profile(path: str | Path, name: str) -> list[str]:
@@ -367,26 +368,34 @@ def load_profile(path: str | Path, name: str) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in profiles[name].items()]
 
 
-def validate_settings(values: Mapping[str, Any], source: str) -> Settings:
-    """Check a mapping of sections; `source` names it in errors."""
+def validate_settings(
+    values: Mapping[str, Any], source: str, given: Collection[str] = ()
+) -> Settings:
+    """Check a mapping of sections.
+
+    Args:
+        source: names it in errors.
+        given: keys that came by `-S`, not from there.
+    """
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
         found = error.errors()
-        said = [_describe(source, item) for item in found[:MAX_SAID]]
+        said = [_describe(source, item, given) for item in found[:MAX_SAID]]
         more = [f"and {len(found) - MAX_SAID} more"] if len(found) > MAX_SAID else []
         raise FedCoEError("; ".join(said + more)) from None
 
 
-def _describe(source: str, item: Any) -> str:
+def _describe(source: str, item: Any, given: Collection[str]) -> str:
     key = ".".join(str(part) for part in item["loc"]) or "(top level)"
+    source = "-S" if key in given else f"{source}:"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         message = "unknown key; remove it or mend the spelling"
     if item["type"] == "model_type":
         message = "must be a section of keys and values; fill it in or remove it"
     value = "" if isinstance(item["input"], Mapping | BaseModel) else f" = {item['input']!r}"
-    return f"{source}: {one_line(key + value)}: {one_line(message)}"
+    return f"{source} {one_line(key + value)}: {one_line(message)}"
 
 
 def read_yaml(path: str | Path, missing: str) -> Any:

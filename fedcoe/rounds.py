@@ -64,7 +64,8 @@ def finish_round(
     """Aggregate a round's results.
 
     Raises:
-        FedCoEError: too many updates were invalid (`train.quorum`); the state stays as it was.
+        FedCoEError: too many updates were invalid (`train.quorum`), or the server step broke the
+            model; the state stays as it was.
     """
     total = merged(results)
     asked = sum(len(order.experts) for order in plan.orders)
@@ -79,6 +80,11 @@ def finish_round(
             f"train.quorum asks for {quorum:g}{cause}"
         )
     after = method.aggregate(state, plan.orders, [total])
+    if not np.isfinite(after.experts).all():
+        raise FedCoEError(
+            f"round {plan.round}: all {total.valid} updates are finite, but after the server step "
+            f"of {method.settings.name} the model is not; lower method.server_lr or mend that step"
+        )
     # From the state: with IFCA clients say only then which expert they trained.
     given = after.dispatched - state.dispatched
     load = given.sum(axis=0) / given.sum()

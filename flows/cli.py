@@ -127,9 +127,12 @@ def fetch(
     for note in result.notes:
         err.print(f"note: {note}", highlight=False)
     height, width, channels = result.info.shape
+    if clients := result.info.clients:
+        err.print("note: partition.scheme: natural deals by its own clients", highlight=False)
     out.print(
         f"{result.info.name}: {result.info.train:,} training and {result.info.test:,} test images "
         f"of {height}x{width}x{channels}, {len(result.info.classes)} classes"
+        + (f", {len(clients)} clients of its own" if clients else "")
         + ("" if result.changed else " (already there)"),
         highlight=False,
     )
@@ -169,26 +172,32 @@ def train(
     """Train once, without DVC: partition, rounds, models, figures. Goes on where it was stopped."""
     overrides = _settings(root, profile, overrides)
     with _training(root):
-        from flows.pipeline import partition_data
+        from flows.pipeline import evaluate_cold_start, evaluate_models, partition_data
 
         _warn(partition_data(root, overrides))
         figures = _train(root=str(root), overrides=overrides, resume=resume)
+        evaluate_models(root)
+        evaluate_cold_start(root)
     _show(figures, as_json)
 
 
-def _settings(root: Path, profile: str | None, overrides: list[str]) -> list[str]:
+def _settings(
+    root: Path, profile: str | None, overrides: list[str], method: str | None = None
+) -> list[str]:
     """The overrides of a profile, if there is one, and after them those of the command.
 
     Raises:
-        FedCoEError: they name another dataset than data/ holds; said here, before Prefect starts.
+        FedCoEError: they name another dataset than data/ holds, or settings of another method;
+            said here, before Prefect starts.
     """
     from fedcoe.config import load_profile
-    from flows.pipeline import check_dataset
+    from flows.pipeline import check_dataset, check_method
 
-    if profile is not None:
-        overrides = [*load_profile(root / "profiles.yaml", profile), *overrides]
-    check_dataset(root, overrides)
-    return overrides
+    before = [] if profile is None else load_profile(root / "profiles.yaml", profile)
+    own = [f"method.name={method}"] if method else []
+    _warn(check_method(root, [*own, *overrides], before))
+    _warn(check_dataset(root, [*before, *overrides]))
+    return [*before, *overrides]
 
 
 def _train(**parameters: Any) -> dict[str, float]:
@@ -360,7 +369,7 @@ def tune(
     from flows.tune import plan_search
     from flows.tune import tune as search
 
-    overrides = _settings(root, profile, overrides)
+    overrides = _settings(root, profile, overrides, method)
     _, notes = plan_search(root, overrides, method)
     _warn(notes)
     with _progress():
@@ -558,6 +567,9 @@ def stage_partition() -> None:
 @stage.command("train")
 def stage_train() -> None:
     """Train: models/, metrics/train.json, plots/curves.csv."""
+    from flows.pipeline import check_dataset
+
+    _warn(check_dataset(Path("."), ()))
     with _training(Path(".")):
         figures = _train()
     _show(figures, False)
@@ -565,11 +577,11 @@ def stage_train() -> None:
 
 @stage.command("baseline")
 def stage_baseline() -> None:
-    """Train FedAvg on the same footing: metrics/baseline.json, plots/baseline_curves.csv."""
-    from flows.pipeline import BASELINE, write_baseline
+    """Train FedAvg with the same switches: metrics/baseline.json, plots/baseline_curves.csv."""
+    from flows.pipeline import BASELINE, baseline_method, write_baseline
 
     with _training(Path("."), "baseline"):
-        figures = _train(method="fedavg", figures=BASELINE)
+        figures = _train(method=baseline_method(Path(".")), figures=BASELINE)
         write_baseline(Path("."))
     _show(figures, False)
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
 from fedcoe.config import Settings, fingerprint_of, load_settings, read_yaml, validate_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.errors import FedCoEError
-from fedcoe.methods.settings import method_class, method_names
+from fedcoe.methods.settings import SWITCHES, method_class, method_names
 from flows.federated_training import Again, federated_training
 from flows.pipeline import check_dataset, partition_once
 from tasks.comparison import (
@@ -34,18 +34,11 @@ from tasks.comparison import (
 )
 from tasks.files import write_json
 from tasks.report import build_comparison_page
+from tasks.run import code_hash
 from tasks.tracking import Tracking, log_row, log_tables, start_study
 
 ROWS = ("plain", "all")
 """What is trained. A third row, `reweighting`, is `plain` predicted a second time."""
-SWITCHES = (
-    "balanced_softmax",
-    "server_momentum",
-    "reweighting",
-    "coordination_head",
-    "patch_filters",
-    "balanced_head",
-)
 ABLATIONS = "ablations.yaml"
 
 
@@ -113,9 +106,8 @@ def row_settings(settings: Settings, method: str, row: str) -> Settings:
     own = kind.Settings(name=method)
     switches = {name: getattr(own, name) for name in SWITCHES if hasattr(own, name)}
     if row == "all":
-        # FedAdam's momentum is a moving average, not a heavy ball: more of it is not the switch.
         momentum = switches["server_momentum"]
-        momentum = momentum if method == "fedadam" else max(momentum, 0.7)
+        momentum = max(momentum, 0.7) if kind.heavy_ball else momentum
         switches = dict.fromkeys(switches, True) | {"server_momentum": momentum}
         switches |= {name: getattr(settings.method, name) for name in OF_PARAMS}
     elif method == "fedcoe":
@@ -255,7 +247,10 @@ def render(root: Path, name: str) -> str:
     folder = root / "results" / name
     cells = load_cells(folder)
     ablation = all("order" in cell for cell in cells)
-    comparison = Comparison(name, cells, ("fedcoe", "default" if ablation else "all"))
+    reference = ("fedcoe", "default" if ablation else "all")
+    if not any((cell["method"], cell["row"]) == reference for cell in cells):
+        reference = (cells[0]["method"], cells[0]["row"])  # the first of the table
+    comparison = Comparison(name, cells, reference)
     table = write_comparison(folder, comparison)
     build_comparison_page(folder, comparison)
     return table
@@ -325,6 +320,12 @@ def _make(root: Path, name: str, cells: Sequence[Cell], data_hash: str, parent: 
         file, notes = root / cell.file(name), cell.notes(data_hash)
         here = _read(file)
         if here.get("key") == notes["key"]:
+            if here.get("code", code_hash()) != code_hash():
+                get_run_logger().warning(
+                    "%s is kept, but is of other code (commit %s); delete it to train it again",
+                    cell.file(name),
+                    here["commit"],
+                )
             if here.get("order") != cell.order:  # ablations.yaml lists it elsewhere now
                 write_json(file, here | notes)
         elif made := _elsewhere(root / "results", notes["key"]):

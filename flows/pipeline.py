@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,23 +20,65 @@ from fedcoe.engine.devices import hardware
 from fedcoe.engine.pool import Engine, Site
 from fedcoe.errors import FedCoEError
 from fedcoe.evaluate import evaluate, join_scores, score_clients, score_global
-from tasks.files import evaluation_figures, write_csv, write_json
+from fedcoe.methods.settings import SWITCHES
+from tasks.files import evaluation_figures, footing, write_csv, write_json
 
 
-def check_dataset(root: Path, overrides: Sequence[str]) -> None:
-    """Refuse overrides that name another dataset than data/ holds: it would be trained on.
+def check_method(root: Path, given: Sequence[str], profile: Sequence[str] = ()) -> list[str]:
+    """What somebody should know who gives settings of a method on the command line.
+
+    Args:
+        given: the command's overrides.
+        profile: those of its profile.
 
     Raises:
-        FedCoEError: they do.
+        FedCoEError: one is of another method, so it would change nothing.
     """
-    if any(given.startswith("data.name=") for given in overrides) and (root / "data").is_dir():
-        asked = load_settings(root / "params.yaml", overrides).data.name
-        found = load_dataset(root / "data").info.name
-        if asked != found:
+    method = load_settings(root / "params.yaml", [*profile, *given]).method
+    keys = [g.partition("=")[0].strip() for g in given]
+    named = [key.removeprefix("method.") for key in keys if key.startswith("method.")]
+    for name in named:
+        if name not in type(method).model_fields:
             raise FedCoEError(
-                f"data/ holds {found}, not {asked}; run `fedcoe fetch {asked}`, or say "
-                f"`data.name={found}` to train on what is there"
+                f"-S method.{name}: {method.name} has no such setting; "
+                "say -S method.name=... for the method that has it"
             )
+    if "name" not in named:
+        return []
+    own = type(method)(name=method.name)
+    kept = [
+        f"{name}={getattr(method, name)}"
+        for name in SWITCHES
+        if name not in named and getattr(method, name) != getattr(own, name)
+    ]
+    if not kept:
+        return []
+    return [
+        f"{method.name} takes {', '.join(kept)} from params.yaml, where its own defaults are others"
+    ]
+
+
+def check_dataset(root: Path, overrides: Sequence[str]) -> list[str]:
+    """Refuse overrides that name another dataset than data/ holds: it would be trained on.
+
+    Returns:
+        A note where params.yaml names another one: what lies there is trained on.
+
+    Raises:
+        FedCoEError: overrides do.
+    """
+    if not (root / "data").is_dir():
+        return []
+    asked = load_settings(root / "params.yaml", overrides).data.name
+    found = load_dataset(root / "data").info.name
+    if asked == found:
+        return []
+    if any(given.startswith("data.name=") for given in overrides):
+        raise FedCoEError(
+            f"data/ holds {found}, not {asked}; run `fedcoe fetch {asked}`, or say "
+            f"`data.name={found}` to train on what is there"
+        )
+    return [f"data/ holds {found}, which is trained on; params.yaml names {asked}"]
 
 
 def partition_data(
@@ -81,11 +124,22 @@ BASELINE = ".fedcoe/baseline.json"
 """Where stage `baseline` has all its figures written, under the root."""
 
 
+def baseline_method(root: Path) -> dict[str, Any]:
+    """What stage `baseline` trains: FedAvg with the switches that params.yaml has for its method,
+    so that the report's differences are not theirs."""
+    method = load_settings(root / "params.yaml").method
+    switches = {name: getattr(method, name) for name in (*SWITCHES, "ridge")}
+    return {"name": "fedavg", **switches}
+
+
 def write_baseline(root: Path) -> None:
     """Stage `baseline`, after training: metrics/baseline.json and plots/baseline_curves.csv."""
     figures = json.loads((root / BASELINE).read_text())
     kept = {name: figures[name] for name in ("train", "evaluate", "cold_start")}
-    write_json(root / "metrics" / "baseline.json", kept)
+    prints = (figures[name] for name in ("settings", "data_hash", "partition_fingerprint"))
+    kept["footing"] = footing(*prints)
+    # Under a name of its own: `dvc exp show` has no room for that of the file.
+    write_json(root / "metrics" / "baseline.json", {"baseline": kept})
     write_csv(root / "plots" / "baseline_curves.csv", figures["curves"])
 
 
@@ -126,8 +180,11 @@ def evaluate_models(root: Path) -> None:
         overall = join_scores(engine.map(score_global, method, state, over=rows))
         clients = [client for shard in scored for client in shard]
         _, evaluation = evaluate(method, state, clients, overall, labels)
-    settings = method.federation.settings
-    write_json(root / "metrics" / "evaluate.json", evaluation_figures(settings, evaluation))
+    settings, info = method.federation.settings, data.dataset.info
+    dump = settings.model_dump(mode="json")
+    print_ = footing(dump, info.hash, data.partition.fingerprint)
+    figures = evaluation_figures(settings, evaluation) | {"footing": print_}
+    write_json(root / "metrics" / "evaluate.json", figures)
     write_csv(root / "plots" / "clients.csv", evaluation.clients)
     write_csv(root / "plots" / "experts.csv", evaluation.experts)
 

@@ -125,7 +125,7 @@ def learning_curves(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.tick_params(colors=MUTED, labelsize=8, length=0, labelleft=True)
         if axes.lines:
-            axes.legend(loc="lower right", labelcolor=INK, reverse=True)
+            axes.legend(loc="best", labelcolor=INK, reverse=True)
     return _settled(
         figure, f"Learning curves of {method}. At the end: {', '.join(said) or 'no data'}."
     )

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcoe.config import Settings
+from fedcoe.config import Settings, fingerprint_of
 from fedcoe.durable import sweep, write_atomic
 from fedcoe.evaluate import Evaluation
+from fedcoe.methods.settings import SWITCHES
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -37,6 +38,19 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
     return value
+
+
+def footing(settings: Mapping[str, Any], data: str, partition: str) -> str:
+    """16 hex digits of what two methods' figures must share to stand beside each other.
+
+    Args:
+        settings: a dump of `Settings`.
+        data: hash of the data.
+        partition: its fingerprint.
+    """
+    shared = {name: settings[name] for name in ("model", "train", "evaluate", "cold_start")}
+    switches = {name: settings["method"].get(name) for name in SWITCHES}
+    return fingerprint_of([shared, switches, data, partition])
 
 
 def evaluation_figures(settings: Settings, evaluation: Evaluation) -> dict[str, Any]:

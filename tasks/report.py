@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from fedcoe.config import PartitionSettings, Settings, load_settings
 from fedcoe.errors import FedCoEError
+from fedcoe.methods.settings import SWITCHES
 from tasks import figures
 from tasks.comparison import (
     Comparison,
@@ -129,7 +130,7 @@ def _told(cells: Sequence[Values]) -> Values:
                 {(cell["seed"], cell["partition_fingerprint"]) for cell in cells}
             )
         ],
-        "Commit": sorted({cell["commit"][:12] for cell in cells}),
+        "Commit": sorted({_commit(cell["commit"]) for cell in cells}),
         "Machine": sorted(
             {
                 f"{t['gpu'] or t['processor']}, {t['workers']} workers on {t['cores']} cores, "
@@ -138,6 +139,12 @@ def _told(cells: Sequence[Values]) -> Values:
             }
         ),
     }
+
+
+def _commit(commit: str) -> str:
+    """Shortened; what is in no commit stays marked."""
+    name, plus, changes = commit.partition("+")
+    return name[:12] + plus + changes
 
 
 def _common(cells: Sequence[Values]) -> list[tuple[str, str]]:
@@ -172,7 +179,9 @@ def _content(root: Path) -> Values:
     settings = load_settings(root / "params.yaml")
     manifest = _json(root, "partitions/manifest.json", "fingerprint", "clients", "classes", "seen")
     train = _json(root, "metrics/train.json", "rounds", "best_round", "images_trained")
-    evaluate = _json(root, "metrics/evaluate.json", "method", "seed", "global", "personalized")
+    evaluate = _json(
+        root, "metrics/evaluate.json", "method", "seed", "global", "personalized", "footing"
+    )
     cold = _json(root, "metrics/cold_start.json")
     curves = _table(root, "plots/curves.csv", "round")
     clients = _table(root, "plots/clients.csv", "client", "samples", "accuracy", "correlation_0")
@@ -180,7 +189,10 @@ def _content(root: Path) -> Values:
     experts = _table(root, "plots/experts.csv", "expert", "load", "clients", "accuracy")
     theirs: Values = {}
     if (root / "metrics/baseline.json").exists():
-        theirs = _json(root, "metrics/baseline.json", "train", "evaluate", "cold_start")
+        theirs = _json(root, "metrics/baseline.json", "baseline")["baseline"]
+    # `fedcoe train` may have been asked for something else than the pipeline was.
+    apart = bool(theirs) and theirs["footing"] != evaluate["footing"]
+    theirs = {} if apart else theirs
     their_curves = None
     if theirs and (root / "plots/baseline_curves.csv").exists():
         their_curves = _table(root, "plots/baseline_curves.csv", "round")
@@ -218,6 +230,9 @@ def _content(root: Path) -> Values:
     return {
         "name": name,
         "baseline": baseline,
+        "apart": apart,
+        "switches": _switches(settings),
+        "own_data": dataset.get("name", settings.data.name) != settings.data.name,
         "ours": ours,
         "theirs": theirs,
         "train": train,
@@ -244,6 +259,17 @@ def _content(root: Path) -> Values:
         "parameters": _parameters(settings),
         "settings_fingerprint": settings.fingerprint(),
     }
+
+
+def _switches(settings: Settings) -> str:
+    """Those that are on, in words."""
+    on = {name: getattr(settings.method, name) for name in SWITCHES}
+    words = [
+        name.replace("_", " ") + ("" if value is True else f" {value:g}")
+        for name, value in on.items()
+        if value
+    ]
+    return ", ".join(words) or "all off"
 
 
 def _json(root: Path, path: str, *keys: str) -> Values:

@@ -106,6 +106,7 @@ def write_figures(
         "data_hash": run.data.dataset.info.hash,
         "partition_fingerprint": run.data.partition.fingerprint,
         "commit": git_commit(run.root),
+        "code": run.code,
         "timing": {"train_seconds": sum(spent(run)), **_machine(run)},
     }
     if reweighted:

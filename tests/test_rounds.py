@@ -301,3 +301,14 @@ def test_the_gate_is_updated_by_all_clients_before_an_evaluation_and_else_by_the
     ]  # fmt: skip
     assert gate_clients(make_method(evaluate=evaluate, train=train), 3) == []
     assert gate_clients(make_method(name="fedavg"), 4) == []
+
+
+def test_a_server_step_that_breaks_the_model_is_named(make_method, engine, monkeypatch):
+    method = make_method(name="fedavg")
+
+    def broken(state, update):
+        return replace(state, experts=state.experts * np.float32(np.nan))
+
+    monkeypatch.setattr(method, "server_step", broken)
+    with pytest.raises(FedCoEError, match=r"round 1: .* after the server step of fedavg the model"):
+        train_round(engine, method, method.init())

@@ -223,6 +223,8 @@ class Method:
     """Whether a client keeps its trained copy of an expert as its personal model."""
     sends_updates: ClassVar[bool] = True
     """Whether clients send anything in a round that could be late, broken or made up."""
+    heavy_ball: ClassVar[bool] = True
+    """Whether `server_momentum` is momentum as FedAvgM's, of which row `all` wants 0.7 or more."""
     is_fedavg: ClassVar[bool] = False
     """Whether its rounds are those of FedAvg with the same switches."""
     private: ClassVar[bool] = False

@@ -39,6 +39,7 @@ class FedAdamSettings(MethodSettings):
 
 class FedAdam(Method):
     Settings = FedAdamSettings
+    heavy_ball = False
     private = True
     settings: FedAdamSettings
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedcoe.errors import FedCoEError
+
 _NOT_METHODS = {"settings", "base"}
 
 
@@ -84,6 +86,16 @@ class MethodSettings(BaseModel):
     )
 
 
+SWITCHES = (
+    "balanced_softmax",
+    "server_momentum",
+    "reweighting",
+    "coordination_head",
+    "patch_filters",
+    "balanced_head",
+)
+"""What every method can have, and comparisons turn on or off for all alike."""
+
 PREDICTION = frozenset(
     {"reweighting", "coordination_head", "patch_filters", "balanced_head", "blend", "ridge"}
 )
@@ -91,24 +103,38 @@ PREDICTION = frozenset(
 
 
 def method_names() -> list[str]:
-    """Names of all methods: the files of this package."""
+    """Names of all methods: the files of this package, but those that begin with `_`."""
     package = importlib.import_module("fedcoe.methods")
     names = (module.name for module in pkgutil.iter_modules(package.__path__))
-    return sorted(name for name in names if name not in _NOT_METHODS)
+    return sorted(name for name in names if name not in _NOT_METHODS and name[0] != "_")
 
 
 @cache
 def method_class(name: str) -> Any:
-    """The `Method` subclass that a method's file defines."""
-    module = importlib.import_module(f"fedcoe.methods.{name}")
-    [found] = [
+    """The `Method` subclass that a method's file defines.
+
+    Raises:
+        FedCoEError: the file cannot be imported, or defines none or several.
+    """
+    file = f"fedcoe/methods/{name}.py"
+    try:
+        module = importlib.import_module(f"fedcoe.methods.{name}")
+    except SyntaxError as error:
+        raise FedCoEError(f"{error.filename or file}, line {error.lineno}: {error.msg}") from None
+    found = [
         value
         for value in vars(module).values()
         if isinstance(value, type)
         and value.__module__ == module.__name__
         and issubclass(getattr(value, "Settings", object), MethodSettings)
     ]
-    return found
+    if len(found) != 1:
+        named = ", ".join(kind.__name__ for kind in found) or "none"
+        raise FedCoEError(
+            f"{file}: must define one subclass of Method, found {named}; what methods share goes "
+            "into a file whose name begins with _"
+        )
+    return found[0]
 
 
 def settings_for(values: Mapping[str, Any]) -> MethodSettings:

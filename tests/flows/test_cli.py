@@ -65,7 +65,10 @@ def bare(tmp_path: Path, project: Path) -> Path:
     ("args", "said"),
     [
         (("train", "-S", "train.roundz=3"), ("train.roundz", "unknown key")),
-        (("train", "-S", "train.rounds=0"), ("params.yaml", "train.rounds = 0", "1")),
+        (("train", "-S", "train.rounds=0"), ("-S train.rounds = 0", "1")),
+        (("train", "-S", "method.mu=5"), ("method.mu", "fedcoe has no such", "-S method.name")),
+        (("compare", "--methods", "fedprox", "-S", "method.mu=5"), ("fedcoe has no such",)),
+        (("tune", "--method", "fedavg", "-S", "method.mu=5"), ("fedavg has no such",)),
         (("train", "-S", "nonsense"), ("nonsense", "section.key=value")),
         (("train", "-S", "model.name=nosuch"), ("model.name", "nosuch", "cnn4")),
         (("train", "-S", "method.name=nosuch"), ("nosuch", "fedavg")),
@@ -229,7 +232,8 @@ def test_a_profile_names_the_folder_of_its_comparison_and_gives_its_settings(
 
     seen: list[Any] = []
     monkeypatch.setattr(flows.compare, "compare_methods", lambda *given: seen.append(given) or "")
-    shutil.copy(Path(__file__).parents[2] / "profiles.yaml", tmp_path)
+    for name in ("profiles.yaml", "params.yaml"):
+        shutil.copy(Path(__file__).parents[2] / name, tmp_path)
     args = ("compare", "--profile", "cifar10-dir05", "-S", "train.rounds=2", "--root")
     assert invoke(*args, str(tmp_path)).exit_code == 0
     [(_, overrides, _, _, name, *_)] = seen
@@ -249,3 +253,31 @@ def test_what_names_another_dataset_than_the_one_that_is_there_trains_nothing(
     said = str(invoke(*args).exception)
     assert said.startswith("data/ holds digits, not cifar10; run `fedcoe fetch cifar10`, or say")
     assert not (root / "results").exists() and not (root / ".fedcoe" / "runs").exists()
+
+
+def test_a_method_by_name_says_which_switches_it_takes_from_params_yaml(bare: Path) -> None:
+    from flows.pipeline import check_method
+
+    [said] = check_method(bare, ["method.name=fedavg", "method.reweighting=false"])
+    assert said.startswith("fedavg takes ") and "from params.yaml" in said
+    assert "coordination_head=True" in said and "reweighting" not in said
+    assert check_method(bare, ["method.experts=2"]) == []
+    off = [f"method.{name}=false" for name in ("balanced_softmax", "coordination_head")]
+    off += ["method.server_momentum=0.0", "method.reweighting=false"]
+    assert check_method(bare, ["method.name=fedavg", *off]) == []
+    # A profile is written for FedCoE; what another method does not have is left out.
+    assert check_method(bare, ["method.name=fedavg", *off], ["method.branch_after=5"]) == []
+
+
+def test_data_that_params_yaml_does_not_name_is_trained_on_and_named(
+    new_project: Callable[..., Path],
+) -> None:
+    from flows.pipeline import check_dataset
+
+    root = new_project()
+    assert check_dataset(root, []) == []
+    text = (root / "params.yaml").read_text().replace("name: digits", "name: cifar10")
+    (root / "params.yaml").write_text(text)
+    assert check_dataset(root, []) == [
+        "data/ holds digits, which is trained on; params.yaml names cifar10"
+    ]

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import fedcoe.methods
+from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import method_class, method_names, settings_for
 
 TOY = '''
@@ -33,17 +34,21 @@ class Halfway(Method):
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """One file in a folder that the package also looks into."""
+def folder(tmp_path, monkeypatch):
+    """A folder that the package also looks into."""
     folder = tmp_path / "more_methods"
     folder.mkdir()
-    (folder / "halfway.py").write_text(TOY)
     monkeypatch.setattr(fedcoe.methods, "__path__", [*fedcoe.methods.__path__, str(folder)])
-    yield
+    yield folder
     sys.modules.pop("fedcoe.methods.halfway", None)
     if hasattr(fedcoe.methods, "halfway"):
         del fedcoe.methods.halfway
     method_class.cache_clear()
+
+
+@pytest.fixture
+def toy(folder):
+    (folder / "halfway.py").write_text(TOY)
 
 
 def test_a_toy_method_takes_one_new_file_and_no_other_edit(
@@ -63,3 +68,24 @@ def test_without_its_file_there_is_no_such_method():
     assert "halfway" not in method_names()
     with pytest.raises(ValueError, match="no method 'halfway'"):
         settings_for({"name": "halfway"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def shared(): ...\n", r"halfway.py: must define one subclass of Method, found none"),
+        (TOY + TOY.replace("Halfway(", "Twice("), r"found Halfway, Twice; what methods share goes"),
+        ("def broken(:\n", r"halfway\.py, line 1: invalid syntax"),
+    ],
+    ids=["none", "two", "syntax"],
+)
+def test_a_file_that_is_no_method_is_named(folder, text, said):
+    (folder / "halfway.py").write_text(text)
+    with pytest.raises(FedCoEError, match=said):
+        settings_for({"name": "fedavg"})
+
+
+def test_a_file_whose_name_begins_with_an_underscore_is_no_method(folder):
+    (folder / "_shared.py").write_text("def shared(): ...\n")
+    assert "_shared" not in method_names()
+    assert settings_for({"name": "fedavg"}).name == "fedavg"

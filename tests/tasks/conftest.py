@@ -115,13 +115,15 @@ def write_run(
     save_partition(partition, settings, labels, classes, root / "partitions")
     train = {"rounds": 30, "best_round": 25, "images_trained": 86_400}
     write("metrics/train.json", train | {"bytes_up": 412_300_000, "bytes_down": 389_100_000})
-    write("metrics/evaluate.json", _evaluated("fedcoe" if experts > 1 else "fedavg", 0.712))
+    print_ = {"footing": "the same"}
+    ours = _evaluated("fedcoe" if experts > 1 else "fedavg", 0.712)
+    write("metrics/evaluate.json", ours | print_)
     write("metrics/cold_start.json", _cold(0.69))
     curves_table(lift=0.05).to_csv(root / "plots/curves.csv", index=False)
     if baseline:
         plain = train | {"bytes_up": 180_000_000, "bytes_down": 180_000_000}
-        averaged = {"train": plain, "evaluate": _evaluated("fedavg", 0.664)}
-        write("metrics/baseline.json", averaged | {"cold_start": _cold(0.66)})
+        averaged = {"train": plain, "evaluate": _evaluated("fedavg", 0.664)} | print_
+        write("metrics/baseline.json", {"baseline": averaged | {"cold_start": _cold(0.66)}})
         curves_table().to_csv(root / "plots/baseline_curves.csv", index=False)
     clients_table(seen, experts, everyone[:seen]).to_csv(root / "plots/clients.csv", index=False)
     joined = clients_table(new, experts, everyone[seen:], seed=2)
