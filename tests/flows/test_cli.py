@@ -260,7 +260,7 @@ def test_a_method_by_name_says_which_switches_it_takes_from_params_yaml(bare: Pa
 
     [said] = check_method(bare, ["method.name=fedavg", "method.reweighting=false"])
     assert said.startswith("fedavg takes ") and "from params.yaml" in said
-    assert "coordination_head=True" in said and "reweighting" not in said
+    assert "server_momentum=0.7" in said and "reweighting" not in said
     assert check_method(bare, ["method.experts=2"]) == []
     off = [f"method.{name}=false" for name in ("balanced_softmax", "coordination_head")]
     off += ["method.server_momentum=0.0", "method.reweighting=false"]
