@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -203,7 +204,6 @@ def _settings(
 def _train(**parameters: Any) -> dict[str, float]:
     from flows.federated_training import federated_training
 
-    _start_prefect()
     with _progress(nullcontext()) as ended:
         try:
             return dict(federated_training(**parameters))
@@ -244,17 +244,23 @@ def _training(root: Path, name: str = "training") -> Iterator[None]:
 
 
 def _start_prefect() -> None:
-    """Start Prefect's embedded server, where there is none to use, deaf to Ctrl-C.
-
-    A terminal sends that to all processes, and the round at work needs the server.
-    """
+    """Start Prefect's embedded server, where there is none to use, as a dependent of ours."""
     from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if PREFECT_API_URL.value():
+        return
+    from prefect.server.api import server
+
+    from tasks.processes import Dependent
+
+    # Prefect offers no say in how it starts it.
+    own: Any = vars(server)
+    own["subprocess"] = SimpleNamespace(**vars(subprocess) | {"Popen": Dependent})
     try:
         get_client(sync_client=True)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        own["subprocess"] = subprocess
 
 
 Seeds = Annotated[str, typer.Option(help="Seeds of partition and training, by comma.")]
@@ -424,6 +430,7 @@ def _progress(
 
     from tasks.progress import LISTENER
 
+    _start_prefect()
     figures: dict[str, str] = {}
     ended: dict[str, float] = {}
     with Progress(
@@ -672,6 +679,7 @@ def experts(
     if not rows:
         raise FedCoEError("no model is registered yet; train one: `dvc repro` or `fedcoe train`")
     mixtures = {
+        "method": "method",
         "accuracy_global": "global",
         "accuracy_personalized": "personalized",
         "accuracy_cold_none": "none",

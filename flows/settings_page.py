@@ -16,8 +16,9 @@ def settings_page() -> str:
     parts = [
         "# Settings\n\n"
         "Every key of `params.yaml`. Unknown keys and impossible values are refused in one line.\n"
-        "`dvc exp run -S section.key=value` and `fedcoe train -S section.key=value` change one "
-        "for a run.\n\nThis page is made by `python -m flows.settings_page > docs/settings.md`.\n"
+        "`fedcoe train -S section.key=value` changes one for a run, and so does `dvc exp run -S`, "
+        "which wants `-S +section.key=value` for a key that is not in the file.\n"
+        "\nThis page is made by `python -m flows.settings_page > docs/settings.md`.\n"
     ]
     for section, field in Settings.model_fields.items():
         model: Any = field.annotation

@@ -5,15 +5,19 @@ got the id later is not taken for it. All carry a mark in their environment, whi
 what outlives a killed parent is found by it.
 """
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,11 +25,29 @@ from fedcoe.durable import write_atomic
 from fedcoe.errors import FedCoEError
 
 HOST = "127.0.0.1"
+PR_SET_PDEATHSIG = 1
+"""Of Linux: what a process is sent when the thread that started it ends."""
 MARK = "FEDCOE_SERVICES_OF"
 PATIENCE = 120.0
 """Seconds a service has to answer: on a busy machine Prefect's server took 40."""
 GRACE = 5.0
 """Seconds from asking a process to end to killing it."""
+
+
+class Dependent(subprocess.Popen[Any]):
+    """A process that ends with the one that starts it, however that ends, and not before.
+
+    In a group of its own: Ctrl-C in a terminal, or SIGTERM of a batch system, is for the starter.
+    """
+
+    def __init__(self, args: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        library = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+        def depend() -> None:
+            if library is not None:
+                library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+        super().__init__(args, env=env, process_group=0, preexec_fn=depend)
 
 
 class Unready(FedCoEError):

@@ -110,8 +110,8 @@ def test_prefects_own_answer_to_sigterm_is_taken_over_only_in_a_stoppable_proces
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "number", "embedded"),
-    [(["train"], signal.SIGINT, True), (["stage", "train"], signal.SIGTERM, False)],
-    ids=["Ctrl-C with the embedded Prefect", "SIGTERM to a stage"],
+    [(["train"], signal.SIGTERM, True), (["stage", "train"], signal.SIGINT, False)],
+    ids=["SIGTERM with the embedded Prefect", "Ctrl-C to a stage"],
 )
 def test_a_signal_ends_a_training_after_its_round_with_a_clear_word(
     command: list[str],
@@ -133,6 +133,26 @@ def test_a_signal_ends_a_training_after_its_round_with_a_clear_word(
     kept = sorted(path.name[6:12] for path in runs.glob("*/round-*.safetensors"))
     assert kept[-1] == f"{int(after):06d}"
     assert tracked(root) == ["KILLED"]
+
+
+def test_a_dependent_process_ends_with_a_killed_starter_and_hears_no_signal_to_its_group(
+    tmp_path: Path,
+) -> None:
+    import psutil
+
+    script = (
+        "import sys, time\nfrom tasks.processes import Dependent\n"
+        "child = Dependent([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\ntime.sleep(600)\n"
+    )
+    with started(tmp_path, script) as process:
+        log = tmp_path / "log"
+        wait_for(process, lambda: log.read_text().strip(), log)
+        child = psutil.Process(int(log.read_text()))
+        assert os.getpgid(child.pid) != os.getpgid(process.pid)
+        process.kill()
+        process.wait()
+        child.wait(timeout=30)
 
 
 @pytest.mark.slow
