@@ -221,6 +221,8 @@ def test_own_images_by_client_train_end_to_end(
     assert json.loads(done.stdout)["global"] > 0.6
     clients = (tmp_path / "plots/curves.csv").read_text()
     assert clients.startswith("round,")
+    assert json.loads((tmp_path / "metrics/evaluate.json").read_text())["method"] == "fedcoe"
+    assert fedcoe_command(tmp_path, "report").returncode == 0
     manifest = json.loads((tmp_path / "partitions/manifest.json").read_text())
     assert {c["name"] for c in manifest["clients"]} == {"ada", "ben", "cleo", "dan"}
 
@@ -281,3 +283,13 @@ def test_data_that_params_yaml_does_not_name_is_trained_on_and_named(
     assert check_dataset(root, []) == [
         "data/ holds digits, which is trained on; params.yaml names cifar10"
     ]
+
+
+def test_the_baseline_is_fedavg_with_the_switches_of_the_run(bare: Path) -> None:
+    from fedcoe.config import load_settings
+    from flows.pipeline import baseline_method
+
+    ours, theirs = load_settings(bare / "params.yaml").method, baseline_method(bare)
+    assert theirs["name"] == "fedavg" and theirs["coordination_head"] is True
+    for name, value in theirs.items():
+        assert name == "name" or value == getattr(ours, name)

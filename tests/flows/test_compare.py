@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +203,18 @@ def test_a_comparison_trains_once_tracks_its_rows_and_is_drawn_again_from_its_ce
 
     assert compare_methods(str(root), **options) == table
     assert len(names) == 4 and files(folder) == before
+
+    older, said = folder / "cells/local-all-seed1.json", []
+    older.write_text(json.dumps(json.loads(older.read_text()) | {"code": "of before"}))
+    logger = SimpleNamespace(warning=lambda text, *values: said.append(text % values))
+    monkeypatch.setattr("flows.compare.get_run_logger", lambda: logger)
+    compare_methods(str(root), **options)
+    assert len(names) == 4
+    [sentence] = said
+    assert sentence.startswith(
+        "results/tiny/cells/local-all-seed1.json is kept, but is of other code"
+    )
+    older.write_bytes(before["cells/local-all-seed1.json"])
 
     cell = json.loads(before["cells/fedcoe-plain-seed1.json"])
     assert cell["command"] == "fedcoe compare --methods fedcoe --rows plain --seeds 1"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fedcoe.errors import FedCoEError
+from flows.compare import render
 from tasks.comparison import (
     Comparison,
     comparison_figures,
@@ -199,6 +200,21 @@ def test_tables_figures_and_page_have_the_same_bytes_each_time(tmp_path: Path) -
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows][::3] == ["fedcoe", "a<b", "local"]
     assert rows[-1]["global"] == "" and rows[0]["personalized std"] != ""
+
+
+def test_without_fedcoe_differences_are_to_the_first_row_and_uncommitted_code_is_marked(
+    tmp_path: Path,
+) -> None:
+    cells = [
+        make_cell(method, "plain", seed, [0.1 * seed + up, 0.5], commit="c" * 40 + "+changes")
+        for method, up in (("fedavg", 0.2), ("mine", 0.4))
+        for seed in (0, 1)
+    ]
+    folder = save(tmp_path / "results" / "own", cells)
+    render(tmp_path, "own")
+    text = (folder / "differences.md").read_text()
+    assert "Minus fedavg, plain" in text and "mine" in text and "No row" not in text
+    assert "cccccccccccc+changes" in (folder / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

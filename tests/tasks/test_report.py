@@ -1,6 +1,7 @@
 """The report: complete, honest about what is missing, the same bytes each time, safe to open."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -99,6 +100,16 @@ def test_report_without_a_baseline_compares_with_nothing(make_run: RunWriter) ->
     assert "FedAvg" not in text and "points)" not in text and "80.0" in text
 
 
+def test_a_baseline_of_another_training_is_left_out_and_this_is_said(make_run: RunWriter) -> None:
+    root = make_run()
+    assert "seed, partition and switches (balanced softmax" in build_report(root).read_text()
+    figures = json.loads((root / "metrics/evaluate.json").read_text())
+    (root / "metrics/evaluate.json").write_text(json.dumps(figures | {"footing": "another"}))
+    text = build_report(root).read_text()
+    assert "FedAvg" not in text and "points)" not in text
+    assert "The baseline at hand had other settings or data" in text
+
+
 def test_report_of_a_single_model_and_without_new_clients(make_run: RunWriter) -> None:
     root = make_run(experts=1, clients=6, baseline=False)
     (root / "metrics/cold_start.json").write_text("{}")
@@ -106,6 +117,7 @@ def test_report_of_a_single_model_and_without_new_clients(make_run: RunWriter) -
     (root / "data/dataset.json").unlink()
     text = build_report(root).read_text()
     assert "FedAvg on mnist5k" in text and "No client was held out" in text
+    assert "<h2>Experts</h2>" not in text
 
 
 def test_many_clients_and_classes_stay_a_page_a_phone_can_open(make_run: RunWriter) -> None:
