@@ -241,6 +241,14 @@ def _training(root: Path, name: str = "training") -> Iterator[None]:
         for number in SIGNALS:  # to the end: Prefect takes a second to leave
             signal.signal(number, leave)
         raise typer.Exit(exit_code()) from None
+    except BaseException as error:
+        from prefect.exceptions import TerminationSignal
+
+        # SIGTERM while Prefect begins or ends a flow run is Prefect's.
+        if not isinstance(error, TerminationSignal):
+            raise
+        err.print("stopped; run the same command to go on")
+        raise typer.Exit(128 + signal.SIGTERM) from None
 
 
 def _start_prefect() -> None:

@@ -94,6 +94,7 @@ def federated_training(
     if method is not None:
         settings = settings.model_copy(update={"method": settings_for(method)})
     with (
+        heeded(),
         said_of_disks(),
         open_run(settings, folder, folder / partitions) as run,
         _alone(run),
@@ -108,8 +109,7 @@ def federated_training(
         try:
             tracking.log_missed(resumed.history.rounds, resumed.history.curves)
             path = folder / figures if figures else None
-            with heeded():
-                headline = _train(run, tracking, settings, path, notes, resumed, again)
+            headline = _train(run, tracking, settings, path, notes, resumed, again)
         except BaseException as error:
             stopped = isinstance(error, Stopped) or not isinstance(error, Exception)
             tracking.finish("KILLED" if stopped else "FAILED")
