@@ -173,12 +173,10 @@ def train(
     """Train once, without DVC: partition, rounds, models, figures. Goes on where it was stopped."""
     overrides = _settings(root, profile, overrides)
     with _training(root):
-        from flows.pipeline import evaluate_cold_start, evaluate_models, partition_data
+        from flows.pipeline import partition_data
 
         _warn(partition_data(root, overrides))
         figures = _train(root=str(root), overrides=overrides, resume=resume)
-        evaluate_models(root)
-        evaluate_cold_start(root)
     _show(figures, as_json)
 
 

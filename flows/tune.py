@@ -91,7 +91,9 @@ def _search(study: Study, tracking: Tracking, workers: int) -> None:
     plan = study.plan
     report_study(study)
     # Several on one GPU if there are fewer GPUs than processes.
-    gpus: Sequence[str | None] = visible() or [None]
+    gpus: Sequence[str | None] = [None]
+    if plan.settings.runtime.device != "cpu":
+        gpus = visible() or gpus
     processes = [TrialProcess(plan, workers, gpus[i % len(gpus)]) for i in range(workers)]
     try:
         running = [

@@ -48,9 +48,11 @@ def footing(settings: Mapping[str, Any], data: str, partition: str) -> str:
         data: hash of the data.
         partition: its fingerprint.
     """
-    shared = {name: settings[name] for name in ("model", "train", "evaluate", "cold_start")}
-    switches = {name: settings["method"].get(name) for name in SWITCHES}
-    return fingerprint_of([shared, switches, data, partition])
+    named = ("model", "train", "evaluate", "cold_start", "faults", "privacy")
+    shared = {name: settings.get(name) for name in named}
+    switches = {name: settings["method"].get(name) for name in (*SWITCHES, "ridge")}
+    # As files have them: one side comes out of one.
+    return fingerprint_of(_rounded([shared, switches, data, partition]))
 
 
 def evaluation_figures(settings: Settings, evaluation: Evaluation) -> dict[str, Any]:

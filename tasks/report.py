@@ -179,9 +179,7 @@ def _content(root: Path) -> Values:
     settings = load_settings(root / "params.yaml")
     manifest = _json(root, "partitions/manifest.json", "fingerprint", "clients", "classes", "seen")
     train = _json(root, "metrics/train.json", "rounds", "best_round", "images_trained")
-    evaluate = _json(
-        root, "metrics/evaluate.json", "method", "seed", "global", "personalized", "footing"
-    )
+    evaluate = _json(root, "metrics/evaluate.json", "method", "seed", "global", "personalized")
     cold = _json(root, "metrics/cold_start.json")
     curves = _table(root, "plots/curves.csv", "round")
     clients = _table(root, "plots/clients.csv", "client", "samples", "accuracy", "correlation_0")
@@ -189,9 +187,10 @@ def _content(root: Path) -> Values:
     experts = _table(root, "plots/experts.csv", "expert", "load", "clients", "accuracy")
     theirs: Values = {}
     if (root / "metrics/baseline.json").exists():
-        theirs = _json(root, "metrics/baseline.json", "baseline")["baseline"]
+        theirs = _json(root, "metrics/baseline.json")
+        theirs = theirs.get("baseline", {"footing": None})  # of before it had a name of its own
     # `fedcoe train` may have been asked for something else than the pipeline was.
-    apart = bool(theirs) and theirs["footing"] != evaluate["footing"]
+    apart = bool(theirs) and theirs["footing"] != evaluate.get("footing", "")
     theirs = {} if apart else theirs
     their_curves = None
     if theirs and (root / "plots/baseline_curves.csv").exists():

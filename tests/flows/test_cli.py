@@ -221,8 +221,6 @@ def test_own_images_by_client_train_end_to_end(
     assert json.loads(done.stdout)["global"] > 0.6
     clients = (tmp_path / "plots/curves.csv").read_text()
     assert clients.startswith("round,")
-    assert json.loads((tmp_path / "metrics/evaluate.json").read_text())["method"] == "fedcoe"
-    assert fedcoe_command(tmp_path, "report").returncode == 0
     manifest = json.loads((tmp_path / "partitions/manifest.json").read_text())
     assert {c["name"] for c in manifest["clients"]} == {"ada", "ben", "cleo", "dan"}
 

@@ -223,7 +223,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> li
 def test_a_passing_failure_is_retried_once_and_the_run_completes(
     new_project: NewProject, run_training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = failing(monkeypatch, RuntimeError("out of memory for a moment"), 1)
+    calls = failing(monkeypatch, RuntimeError("a passing failure"), 1)
     run_training(new_project(train={"rounds": 1}), tracked=False)
     assert len(calls) == 2
     assert last_flow_run().state.is_completed()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -169,3 +170,17 @@ def test_report_opens_in_a_browser_without_errors_or_sideways_scrolling(
     assert found["SVGS"] == "5"  # the learning curves stand there twice, for wide and narrow
     assert found["TABLES"] == found["CAPTIONS"] == "6"
     assert int(found["BUTTONS"]) == 7 + 8
+
+
+def test_the_footing_is_that_of_files_and_knows_faults_and_privacy() -> None:
+    from fedcoe.config import validate_settings
+    from tasks.files import footing
+
+    def found(**sections: Any) -> str:
+        return footing(validate_settings(sections, "test").model_dump(mode="json"), "d", "p")
+
+    plain = found()
+    assert found(train={"lr": 0.0123456789}) == found(train={"lr": 0.012346}) != plain
+    assert found(faults={"dropout": 0.5}) != plain != found(privacy={"epsilon": 8.0})
+    assert found(method={"ridge": 1e-3}) != plain
+    assert found(method={"experts": 2}) == plain
