@@ -685,7 +685,6 @@ def experts(
     if not rows:
         raise FedCoEError("no model is registered yet; train one: `dvc repro` or `fedcoe train`")
     mixtures = {
-        "method": "method",
         "accuracy_global": "global",
         "accuracy_personalized": "personalized",
         "accuracy_cold_none": "none",
