@@ -68,7 +68,7 @@ def test_names_and_figures_of_the_list_are_whole_at_any_width(
     from flows.cli import app
 
     row = {"version": "12", "aliases": "candidate, champion", "accuracy_global": "0.7444"}
-    mixture = row | {"accuracy_personalized": "0.9", "accuracy_cold_none": "0.7", "method": "fedem"}
+    mixture = row | {"accuracy_personalized": "0.9", "accuracy_cold_none": "0.7"}
     mixture |= {"name": "fedcoe", "accuracy_cold_unlabelled": "1.0", "dataset": "mnist5k"}
     expert = row | {"name": "fedcoe-expert-1", "accuracy": "0.5", "load": "0.25", "clients": "10"}
     expert |= {"drift": "0.012", "serves_best": "client-013 (0.97), client-003 (0.95)"}
@@ -76,18 +76,8 @@ def test_names_and_figures_of_the_list_are_whole_at_any_width(
     monkeypatch.setenv("COLUMNS", columns)
     lines = CliRunner().invoke(app, ["experts", "--root", str(tmp_path)]).stdout.splitlines()
     assert [line.split() for line in lines if "  " in line.strip()] == [
-        [
-            "name",
-            "version",
-            "alias",
-            "method",
-            "global",
-            "personalized",
-            "none",
-            "unlabelled",
-            "data",
-        ],
-        ["fedcoe", "12", "candidate", "fedem", "74.4", "90.0", "70.0", "100.0", "mnist5k"],
+        ["name", "version", "alias", "global", "personalized", "none", "unlabelled", "data"],
+        ["fedcoe", "12", "candidate", "74.4", "90.0", "70.0", "100.0", "mnist5k"],
         ["name", "version", "alias", "alone", "load", "clients", "drift", "serves", "best"],
         ["fedcoe-expert-1", "12", "candidate", "50.0", "25.0", "10", "0.012", "client-013"],
     ]
