@@ -60,7 +60,7 @@ def ground(
         )
         clients = ClientData(dataset, partition)
         method = method_class(settings.method.name)(Federation.of(settings, clients))
-        vectorized, devices = hardware(settings.runtime.engine, settings.runtime.device)
+        vectorized, devices = hardware(settings.runtime)
         site = Site(
             data,
             folder / "partitions",

@@ -14,6 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 _BLOCK = 2**15
+_LARGEST = 2.0**12
+
+
+def addable(change: NDArray[np.floating]) -> bool:
+    """Whether a change is finite and small enough for an exact mean over any number of clients."""
+    return bool(np.abs(change).max() < _LARGEST)  # False for NaN
 
 
 @dataclass

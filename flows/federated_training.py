@@ -323,7 +323,7 @@ def _finish(
     else:
         # Another run may write here too: what is registered is what this one wrote.
         with locked(run.root, "models", "another run's models being written"):
-            models = write_models(run, state, history)
+            models = write_models(run, state, history, evaluation, new)
             drift = history.rounds[-1]["drift"]
             register_models(run, tracking, models, evaluation, cold_start, drift)
     tracking.log_figures(run_figures(run, history, evaluation))

@@ -25,7 +25,7 @@ from fedcoe.config import (
 )
 from fedcoe.methods.settings import method_names
 from flows.federated_training import federated_training
-from flows.pipeline import check_dataset, evaluate_cold_start, evaluate_models, partition_data
+from flows.pipeline import check_dataset, partition_data
 from flows.release import release as release_candidate
 from tasks.data_version import fetch_data
 from tasks.locks import locked
@@ -118,7 +118,7 @@ def train(
 def nightly(
     root: str = ".", overrides: Sequence[str] = (), fetch: bool = True, release: bool = True
 ) -> dict[str, float]:
-    """Fetch the data that data.dvc names, train, evaluate what was written, and release it.
+    """Fetch the data that data.dvc names, train, and release what was trained.
 
     Args:
         root: folder of params.yaml and data/.
@@ -143,7 +143,7 @@ def _train(root: Path, overrides: Sequence[str], release: bool) -> dict[str, flo
         deal(folder)
         tags = {"flow_run": str(flow_run.id)}
         figures: Mapping[str, float] = federated_training(str(folder), tags=tags)
-        evaluate_written(folder)
+        report(folder)
         if release:
             version = version_of(tags)
             if version is None:
@@ -162,9 +162,7 @@ def deal(folder: Path) -> list[str]:
     return partition_data(folder)
 
 
-@task(name="evaluate", cache_policy=NO_CACHE)
-def evaluate_written(folder: Path) -> Path:
-    """Score the files that were written, and draw the report."""
-    evaluate_models(folder)
-    evaluate_cold_start(folder)
+@task(name="report", cache_policy=NO_CACHE)
+def report(folder: Path) -> Path:
+    """Draw the page that says what the training did."""
     return build_report(folder)

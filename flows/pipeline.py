@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedcoe.bundle import Bundle, load_bundle
-from fedcoe.cold_start import rows as new_client_rows
-from fedcoe.cold_start import serve_clients, summary
+from fedcoe.cold_start import serve_clients
 from fedcoe.config import load_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition, make_partition, save_partition
@@ -21,7 +20,7 @@ from fedcoe.engine.pool import Engine, Site
 from fedcoe.errors import FedCoEError
 from fedcoe.evaluate import evaluate, join_scores, score_clients, score_global
 from fedcoe.methods.settings import SWITCHES
-from tasks.files import evaluation_figures, footing, write_csv, write_json
+from tasks.files import footing, write_cold_start, write_csv, write_evaluation, write_json
 
 
 def check_method(root: Path, given: Sequence[str], profile: Sequence[str] = ()) -> list[str]:
@@ -149,7 +148,7 @@ def open_models(root: Path) -> Iterator[tuple[Bundle, ClientData, Engine]]:
     settings = load_settings(root / "params.yaml")
     bundle = load_bundle(root / "models")
     data = ClientData(load_dataset(root / "data"), load_partition(root / "partitions"))
-    vectorized, devices = hardware(settings.runtime.engine, settings.runtime.device)
+    vectorized, devices = hardware(settings.runtime)
     site = Site(
         root / "data",
         root / "partitions",
@@ -180,13 +179,7 @@ def evaluate_models(root: Path) -> None:
         overall = join_scores(engine.map(score_global, method, state, over=rows))
         clients = [client for shard in scored for client in shard]
         _, evaluation = evaluate(method, state, clients, overall, labels)
-    settings, info = method.federation.settings, data.dataset.info
-    dump = settings.model_dump(mode="json")
-    print_ = footing(dump, info.hash, data.partition.fingerprint)
-    figures = evaluation_figures(settings, evaluation) | {"footing": print_}
-    write_json(root / "metrics" / "evaluate.json", figures)
-    write_csv(root / "plots" / "clients.csv", evaluation.clients)
-    write_csv(root / "plots" / "experts.csv", evaluation.experts)
+    write_evaluation(root, method, data, evaluation)
 
 
 def evaluate_cold_start(root: Path) -> None:
@@ -197,6 +190,4 @@ def evaluate_cold_start(root: Path) -> None:
         samples = np.bincount(partition.client, minlength=partition.clients)
         shards = engine.shards(new, [int(samples[k]) for k in new])
         served = engine.map(serve_clients, bundle.method, bundle.state, over=shards)
-        clients = [client for shard in served for client in shard]
-    write_json(root / "metrics" / "cold_start.json", summary(clients))
-    write_csv(root / "plots" / "new_clients.csv", new_client_rows(clients, data))
+    write_cold_start(root, data, [client for shard in served for client in shard])

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedcoe.cold_start import NewClient, rows, summary
 from fedcoe.config import Settings, fingerprint_of
 from fedcoe.durable import sweep, write_atomic
+from fedcoe.engine.clients import ClientData
 from fedcoe.evaluate import Evaluation
+from fedcoe.methods.base import Method
 from fedcoe.methods.settings import SWITCHES
 
 
@@ -20,12 +23,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, text.encode())
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     """One line a row, columns in the order of the first row, floats rounded to 6 digits."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(text, list(table[0]) if table else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_rounded(list(rows)))
+    writer.writerows(_rounded(list(table)))
     sweep(path.parent, path.name)
     write_atomic(path, text.getvalue().encode())
 
@@ -53,6 +56,23 @@ def footing(settings: Mapping[str, Any], data: str, partition: str) -> str:
     switches = {name: settings["method"].get(name) for name in (*SWITCHES, "ridge")}
     # As files have them: one side comes out of one.
     return fingerprint_of(_rounded([shared, switches, data, partition]))
+
+
+def write_evaluation(root: Path, method: Method, data: ClientData, evaluation: Evaluation) -> None:
+    """Write `metrics/evaluate.json`, `plots/clients.csv` and `plots/experts.csv`."""
+    settings = method.federation.settings
+    prints = data.dataset.info.hash, data.partition.fingerprint
+    shared = footing(settings.model_dump(mode="json"), *prints)
+    figures = evaluation_figures(settings, evaluation) | {"footing": shared}
+    write_json(root / "metrics" / "evaluate.json", figures)
+    write_csv(root / "plots" / "clients.csv", evaluation.clients)
+    write_csv(root / "plots" / "experts.csv", evaluation.experts)
+
+
+def write_cold_start(root: Path, data: ClientData, clients: Sequence[NewClient]) -> None:
+    """Write `metrics/cold_start.json` and `plots/new_clients.csv`."""
+    write_json(root / "metrics" / "cold_start.json", summary(clients))
+    write_csv(root / "plots" / "new_clients.csv", rows(clients, data))
 
 
 def evaluation_figures(settings: Settings, evaluation: Evaluation) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def grade_model(root: Path, version: str) -> list[Graded]:
                 f"has {info.shape} in {len(info.classes)}: there is nothing to compare; "
                 "move aliases by hand: `fedcoe promote`"
             )
-        vectorized, devices = hardware(settings.runtime.engine, settings.runtime.device)
+        vectorized, devices = hardware(settings.runtime)
         site = Site(
             root / "data",
             root / "partitions",

@@ -16,7 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
 
-from fedcoe.config import PartitionSettings, Settings, load_settings
+from fedcoe.config import PartitionSettings, Settings, validate_settings
+from fedcoe.data.sources import sources
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import SWITCHES
 from tasks import figures
@@ -57,7 +58,7 @@ Values = dict[str, Any]
 def build_report(root: Path) -> Path:
     """Write root/reports/index.html from what the pipeline left under `root`.
 
-    Reads params.yaml, partitions/manifest.json, metrics/{train,evaluate,cold_start}.json and
+    Reads models/state.json, partitions/manifest.json, metrics/{train,evaluate,cold_start}.json and
     plots/{curves,clients,new_clients,experts}.csv; and data/dataset.json, metrics/baseline.json
     and plots/baseline_curves.csv where they are.
 
@@ -176,7 +177,8 @@ def _write_page(page: Path, template: str, content: Values) -> Path:
 
 
 def _content(root: Path) -> Values:
-    settings = load_settings(root / "params.yaml")
+    trained = _json(root, "models/state.json", "settings")
+    settings = validate_settings(trained["settings"], "models/state.json")
     manifest = _json(root, "partitions/manifest.json", "fingerprint", "clients", "classes", "seen")
     train = _json(root, "metrics/train.json", "rounds", "best_round", "images_trained")
     evaluate = _json(root, "metrics/evaluate.json", "method", "seed", "global", "personalized")
@@ -231,7 +233,7 @@ def _content(root: Path) -> Values:
         "baseline": baseline,
         "apart": apart,
         "switches": _switches(settings),
-        "own_data": dataset.get("name", settings.data.name) != settings.data.name,
+        "own_data": dataset.get("name", settings.data.name) not in sources(),
         "ours": ours,
         "theirs": theirs,
         "train": train,
@@ -371,7 +373,8 @@ def _clients(table: pd.DataFrame) -> list[Values]:
 def _parameters(settings: Settings) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """(section, [(key, value, what it means)]) of every setting."""
     sections: list[tuple[str, list[tuple[str, str, str]]]] = []
-    for name in settings.model_dump():  # without the search: it is no part of the run
+    # Without the search, which is no part of the run, nor what decides no figure.
+    for name in settings.model_dump(exclude={"runtime"}):
         section = getattr(settings, name)
         assert isinstance(section, BaseModel)
         values = section.model_dump(mode="json").items()

@@ -23,7 +23,13 @@ from fedcoe.cold_start import rows as new_client_rows
 from fedcoe.evaluate import Evaluation
 from fedcoe.state import ServerState
 from tasks.checkpoint import History, spent
-from tasks.files import evaluation_figures, write_csv, write_json
+from tasks.files import (
+    evaluation_figures,
+    write_cold_start,
+    write_csv,
+    write_evaluation,
+    write_json,
+)
 from tasks.run import Run
 from tasks.tracking import git_commit
 
@@ -69,12 +75,21 @@ def run_figures(run: Run, history: History, evaluation: Evaluation) -> dict[str,
 
 
 @task(name="write results", cache_policy=NO_CACHE)
-def write_models(run: Run, state: ServerState, history: History) -> Path:
-    """Write `models/`, `metrics/train.json` and `plots/curves.csv`."""
+def write_models(
+    run: Run,
+    state: ServerState,
+    history: History,
+    evaluation: Evaluation,
+    new: Sequence[NewClient],
+) -> Path:
+    """Write `models/` and all its figures, in `metrics/` and `plots/`."""
     models = run.root / "models"
     export_models(models, run.method, state, run.personal)
     write_json(run.root / "metrics" / "train.json", train_figures(history))
     write_csv(run.root / "plots" / "curves.csv", history.curves)
+    # Stages of the pipeline write the same from models/; without it nothing else would.
+    write_evaluation(run.root, run.method, run.data, evaluation)
+    write_cold_start(run.root, run.data, new)
     return models
 
 

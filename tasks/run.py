@@ -104,7 +104,7 @@ def open_run(settings: Settings, root: Path, partitions: Path) -> Iterator[Run]:
     method: Method = method_class(settings.method.name)(Federation.of(settings, data))
     key, code = run_key(settings, data), code_hash()
     personal = root / ".fedcoe" / "runs" / f"{settings.method.name}-{key}" / "personal"
-    vectorized, devices = hardware(settings.runtime.engine, settings.runtime.device)
+    vectorized, devices = hardware(settings.runtime)
     site = Site(
         root / "data",
         partitions,

@@ -67,7 +67,7 @@ def trial_settings(plan: Plan, params: dict[str, Any], processes: int = 1) -> Se
     """
     settings = with_values(plan.settings, params)
     values: dict[str, Any] = {"train.rounds": plan.tune.rounds or settings.train.rounds}
-    if not hardware(settings.runtime.engine, settings.runtime.device)[0]:
+    if hardware(settings.runtime) == (False, ("cpu",)):
         cores = settings.runtime.workers or len(os.sched_getaffinity(0))
         values["runtime.workers"] = max(1, cores // processes)
     return with_values(settings, values)

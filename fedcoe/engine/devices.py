@@ -1,11 +1,11 @@
 """The devices that clients' side can compute on, and how torch is set up on one."""
 
 import os
-from typing import Literal
 
 import torch
 from threadpoolctl import threadpool_limits
 
+from fedcoe.config import RuntimeSettings
 from fedcoe.errors import FedCoEError
 
 
@@ -36,21 +36,20 @@ def visible() -> tuple[str, ...]:
     return tuple(named[i] if named != [""] else str(i) for i in found)
 
 
-def hardware(
-    engine: Literal["auto", "sequential", "vectorized"], device: Literal["auto", "cpu", "cuda"]
-) -> tuple[bool, tuple[str, ...]]:
-    """Whether to train vectorized, and on which devices, as `runtime` asks.
+def hardware(runtime: RuntimeSettings) -> tuple[bool, tuple[str, ...]]:
+    """Whether to train vectorized, and on which devices.
 
     Raises:
         FedCoEError: GPUs are asked for, and there is none to compute on.
     """
-    found = () if device == "cpu" else gpus()
-    if device == "cuda" and not found:
+    found = () if runtime.device == "cpu" else gpus()
+    if runtime.device == "cuda" and not found:
         raise FedCoEError(
             "runtime.device: cuda: there is no GPU that this torch can use; `fedcoe doctor` says "
             "what it sees"
         )
-    return engine == "vectorized" or (engine == "auto" and bool(found)), found or ("cpu",)
+    vectorized = runtime.engine == "vectorized" or (runtime.engine == "auto" and bool(found))
+    return vectorized, found or ("cpu",)
 
 
 def set_up(device: str, devices: int) -> None:

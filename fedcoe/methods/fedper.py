@@ -22,14 +22,11 @@ from numpy.typing import NDArray
 
 from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit
-from fedcoe.exact_sum import ExactSum
+from fedcoe.exact_sum import ExactSum, addable
 from fedcoe.methods.base import LocalResult, Method, Order, merged
 from fedcoe.methods.settings import MethodSettings
 from fedcoe.models.flat import FlatModel, Vector
 from fedcoe.state import ServerState
-
-LARGEST = 2.0**12
-"""Of a change of an own part in any parameter; beyond it the exact sum could overflow."""
 
 
 class FedPerSettings(MethodSettings):
@@ -84,7 +81,7 @@ class FedPer(Method):
         kept = side.personal.load(fit.client, state.round + 1)
         change = self.own_of(kept) - self.own_of(fit.start)
         # A model can have diverged whose update an attacker made up.
-        if change.size and np.abs(change).max() < LARGEST:
+        if change.size and addable(change):
             counts = self.federation.train_counts
             total = result.extra.setdefault("own", ExactSum.zeros(change.size))
             total.add(change, float(counts[fit.client] / counts.sum()))

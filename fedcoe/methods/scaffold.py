@@ -23,14 +23,11 @@ from pydantic import field_validator
 
 from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit
-from fedcoe.exact_sum import ExactSum
+from fedcoe.exact_sum import ExactSum, addable
 from fedcoe.methods.base import LocalResult, Method, Order, merged
 from fedcoe.methods.settings import MethodSettings
 from fedcoe.models.flat import Vector
 from fedcoe.state import ServerState
-
-LARGEST = 2.0**12
-"""Of a variate's change in any parameter; beyond it the exact sum could overflow."""
 
 
 class ScaffoldSettings(MethodSettings):
@@ -81,7 +78,7 @@ class Scaffold(Method):
         # -correction is c_k - c.
         new = -fit.correction - delta / np.float32(work.lr * steps)
         change = new - old
-        if not np.abs(change).max() < LARGEST:
+        if not addable(change):
             result.dropped["variate too large"] += 1
             return
         total = result.extra.setdefault("variate", ExactSum.zeros(len(change)))

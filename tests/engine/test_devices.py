@@ -1,15 +1,18 @@
 """Which devices are found, with what torch would say of GPUs that this machine has not got."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fedcoe.config import RuntimeSettings, validate_settings
 from fedcoe.engine.devices import gpus, hardware, no_memory, set_up
 from fedcoe.engine.trainer import native_bf16
 from fedcoe.errors import FedCoEError
 from tasks.doctor import examine
 from tasks.services import devices
+from tasks.trial import trial_settings
 
 BUILT = ["sm_75", "sm_80", "sm_90a", "compute_120"]
 
@@ -52,18 +55,31 @@ def test_a_gpu_is_taken_that_this_torch_has_kernels_for(machine, capability, fou
 def test_the_device_decides_what_auto_comes_to(machine):
     machine((8, 0), (7, 0), (9, 0))
     both = ("cuda:0", "cuda:2")
-    assert hardware("auto", "auto") == (True, both)
-    assert hardware("sequential", "cuda") == (False, both)
-    assert hardware("auto", "cpu") == (False, ("cpu",))
-    assert hardware("vectorized", "cpu") == (True, ("cpu",))
+    assert hardware(RuntimeSettings(engine="auto", device="auto")) == (True, both)
+    assert hardware(RuntimeSettings(engine="sequential", device="cuda")) == (False, both)
+    assert hardware(RuntimeSettings(engine="auto", device="cpu")) == (False, ("cpu",))
+    assert hardware(RuntimeSettings(engine="vectorized", device="cpu")) == (True, ("cpu",))
+
+
+def test_trials_share_the_cores_but_not_where_a_gpu_does_the_work(machine, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    machine((8, 0))
+
+    def workers(**runtime):
+        settings = validate_settings({"runtime": runtime}, "test")
+        plan = SimpleNamespace(settings=settings, tune=settings.tune)
+        return trial_settings(plan, {}, processes=2).runtime.workers
+
+    assert workers(device="cpu") == 4
+    assert workers(engine="sequential") == workers() == 0  # one worker a GPU
 
 
 @pytest.mark.parametrize("counted", [0, 1])
 def test_a_gpu_with_an_old_driver_is_left_out_and_asking_for_it_is_an_error(machine, counted):
     machine(*[(9, 0)] * counted, usable=False)
-    assert hardware("auto", "auto") == (False, ("cpu",))
+    assert hardware(RuntimeSettings(engine="auto", device="auto")) == (False, ("cpu",))
     with pytest.raises(FedCoEError, match=r"runtime\.device: cuda: there is no GPU"):
-        hardware("auto", "cuda")
+        hardware(RuntimeSettings(engine="auto", device="cuda"))
 
 
 def test_doctor_names_gpus_and_says_what_one_that_is_of_no_use_needs(machine, tmp_path):

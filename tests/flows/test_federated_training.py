@@ -122,11 +122,13 @@ def test_two_workers_and_another_folder_give_the_same_bytes(
 
     other = new_project(runtime={"workers": 2})
     run_training(other, tracked=False)
+    trained = contents(other)
     evaluate_models(other)
     evaluate_cold_start(other)
-    ours, theirs = contents(project), contents(other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
+    assert trained == contents(other)
+    ours = contents(project)
+    assert ours.keys() == trained.keys()
+    assert [name for name in ours if ours[name] != trained[name]] == []
 
 
 def test_another_seed_gives_other_models(

@@ -371,7 +371,7 @@ def test_nightly_judges_the_version_it_trained_or_none(
     judged: list[str] = []
     monkeypatch.setattr(operations, "federated_training", lambda *_, **__: {"global": 0.5})
     monkeypatch.setattr(operations, "deal", lambda _: None)
-    monkeypatch.setattr(operations, "evaluate_written", lambda _: None)
+    monkeypatch.setattr(operations, "report", lambda _: None)
     # None: its model waits in the outbox. The alias `candidate` then names an older night's.
     monkeypatch.setattr(operations, "version_of", lambda _: version)
     monkeypatch.setattr(operations, "release_candidate", lambda _, found: judged.append(found))

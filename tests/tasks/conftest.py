@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedcoe.config import PartitionSettings
+from fedcoe.config import PartitionSettings, validate_settings
 from fedcoe.data.partition import make_partition, save_partition
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -88,7 +88,6 @@ def write_run(
     baseline: bool = True,
     names: Sequence[str] = (),
     classes: Sequence[str] = CLASSES,
-    params: str = "",
 ) -> Path:
     """Write every input of the report under `root`; a fifth of the clients are new."""
     rng = np.random.default_rng(1)
@@ -101,7 +100,9 @@ def write_run(
     def write(path: str, values: Any) -> None:
         (root / path).write_text(json.dumps(values))
 
-    (root / "params.yaml").write_text(params or f"partition: {{clients: {clients}}}\n")
+    trained = validate_settings({"partition": {"clients": clients}}, "test")
+    (root / "models").mkdir(exist_ok=True)
+    write("models/state.json", {"settings": trained.model_dump(mode="json", exclude={"runtime"})})
     about = {"name": "mnist5k", "train": 4000, "test": 1000, "shape": [28, 28, 1]}
     write("data/dataset.json", about | {"classes": list(classes), "hash": "9d" * 32})
     # The real partitioner writes the manifest, so that a change of its form is noticed here.
