@@ -110,14 +110,23 @@ class ModelSettings(Section):
 
 
 class TrainSettings(Section):
-    rounds: int = Field(30, ge=1, le=100_000)
+    rounds: int = Field(30, ge=1, le=100_000, description="Rounds of training")
     cohort: float = Field(1.0, gt=0.0, le=1.0, description="Fraction of seen clients per round")
-    local_epochs: int = Field(1, ge=1, le=1000)
-    batch_size: int = Field(50, ge=1, le=65_536)
+    local_epochs: int = Field(
+        1, ge=1, le=1000, description="Times a client goes through its images in a round"
+    )
+    batch_size: int = Field(
+        50,
+        ge=1,
+        le=65_536,
+        description="Images a step; a client that has fewer takes one step an epoch",
+    )
     lr: float = Field(0.02, gt=0.0, le=10.0, description="Peak client learning rate")
-    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "cosine", description="Whether the learning rate falls to 0 over the rounds"
+    )
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="Client SGD momentum")
-    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="Of the client's SGD")
     clip_norm: float = Field(10.0, ge=0.0, description="Gradient norm limit; 0 = no limit")
     augment: Literal["none", "crop", "crop_flip"] = Field(
         "none", description="Random crop after padding by 1/8 of the side, and horizontal flip"
@@ -204,7 +213,7 @@ class PrivacySettings(Section):
 
 class EvaluateSettings(Section):
     every: int = Field(5, ge=1, description="Evaluate each this many rounds, and at the end")
-    batch_size: int = Field(1000, ge=1)
+    batch_size: int = Field(1000, ge=1, description="Images at once, where nothing is trained")
 
 
 class ColdStartSettings(Section):

@@ -120,10 +120,11 @@ def fetch(
     """Build a dataset into data/ and hand it to DVC."""
     from fedcoe.config import load_settings
     from fedcoe.data.fetch import fetch as build
+    from tasks.locks import replacing_data
 
     if name is None and from_path is None:
         name = load_settings(root / "params.yaml").data.name
-    with err.status(f"building {name or from_path}"):
+    with err.status(f"building {name or from_path}"), replacing_data(root):
         result = build(name, from_path, root / "data", root / ".fedcoe" / "downloads")
     for note in result.notes:
         err.print(f"note: {note}", highlight=False)

@@ -33,6 +33,7 @@ from tasks.comparison import (
     write_comparison,
 )
 from tasks.files import write_json
+from tasks.locks import reading_data
 from tasks.report import build_comparison_page
 from tasks.run import code_hash
 from tasks.tracking import Tracking, log_row, log_tables, start_study
@@ -257,6 +258,11 @@ def render(root: Path, name: str) -> str:
 
 
 def _run(root: Path, name: str, cells: Sequence[Cell], cell_only: bool) -> str:
+    with reading_data(root):
+        return _compare(root, name, cells, cell_only)
+
+
+def _compare(root: Path, name: str, cells: Sequence[Cell], cell_only: bool) -> str:
     if not re.fullmatch(r"[\w.-]+", name):
         raise FedCoEError(f"--name {name!r}: letters, digits, - and _ only; it names a folder")
     data_hash = load_dataset(root / "data").info.hash

@@ -39,7 +39,7 @@ from tasks.evaluate import evaluate_state, score_shard
 from tasks.expert_aggregate import expert_aggregate
 from tasks.gate_update import gate_statistics, gate_update
 from tasks.local_train import local_train
-from tasks.locks import locked
+from tasks.locks import locked, reading_data
 from tasks.personalize import personalize
 from tasks.progress import report_progress
 from tasks.results import run_figures, write_figures, write_models
@@ -96,6 +96,7 @@ def federated_training(
     with (
         heeded(),
         said_of_disks(),
+        reading_data(folder),
         open_run(settings, folder, folder / partitions) as run,
         _alone(run),
     ):

@@ -17,18 +17,20 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from fedcoe.config import (
     ColdStartSettings,
     EvaluateSettings,
+    FaultSettings,
     ModelSettings,
     PartitionSettings,
+    PrivacySettings,
     RuntimeSettings,
     TrainSettings,
     load_settings,
 )
-from fedcoe.methods.settings import method_names
+from fedcoe.methods.settings import MethodSettings, method_class, method_names
 from flows.federated_training import federated_training
-from flows.pipeline import check_dataset, partition_data
+from flows.pipeline import check_dataset, check_method, partition_data
 from flows.release import release as release_candidate
 from tasks.data_version import fetch_data
-from tasks.locks import locked
+from tasks.locks import reading_data
 from tasks.registry import use_default_stores
 from tasks.report import build_report
 from tasks.tracking import version_of
@@ -40,6 +42,7 @@ def _optional(section: type[BaseModel]) -> Any:
     fields: dict[str, Any] = {
         name: (field.rebuild_annotation() | None, Field(None, description=field.description))
         for name, field in section.model_fields.items()
+        if not (name == "name" and issubclass(section, MethodSettings))
     }
     name = section.__name__.removesuffix("Settings")
     return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
@@ -52,6 +55,9 @@ if TYPE_CHECKING:
     Evaluate: TypeAlias = BaseModel
     ColdStart: TypeAlias = BaseModel
     Runtime: TypeAlias = BaseModel
+    FedCoE: TypeAlias = BaseModel
+    Faults: TypeAlias = BaseModel
+    Privacy: TypeAlias = BaseModel
 else:
     Partition = _optional(PartitionSettings)
     Model = _optional(ModelSettings)
@@ -59,6 +65,9 @@ else:
     Evaluate = _optional(EvaluateSettings)
     ColdStart = _optional(ColdStartSettings)
     Runtime = _optional(RuntimeSettings)
+    FedCoE = _optional(method_class("fedcoe").Settings)
+    Faults = _optional(FaultSettings)
+    Privacy = _optional(PrivacySettings)
 
 Method = Annotated[str | None, Field(json_schema_extra={"enum": [*method_names(), None]})]
 
@@ -71,12 +80,15 @@ def _name() -> str:
 def train(
     root: str = ".",
     method: Method = None,
+    fedcoe: FedCoE | None = None,
     train: Train | None = None,
     partition: Partition | None = None,
     model: Model | None = None,
     evaluate: Evaluate | None = None,
     cold_start: ColdStart | None = None,
     runtime: Runtime | None = None,
+    privacy: Privacy | None = None,
+    faults: Faults | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, float]:
     """Train as params.yaml says, but for what is filled in here, in a folder of its own.
@@ -84,25 +96,31 @@ def train(
     Args:
         root: folder of params.yaml and data/.
         method: what to train; empty: what params.yaml names.
+        fedcoe: experts, gate and the like, where the method is fedcoe.
         train: rounds, learning rate and the like.
         partition: how the data is dealt to clients.
         model: architecture of the experts.
         evaluate: how often to evaluate.
         cold_start: how new clients are served.
         runtime: workers and precision.
-        overrides: any other setting as section.key=value, e.g. method.experts=2; see
+        privacy: differential privacy; epsilon 0 is none.
+        faults: simulated faults and attacks of clients.
+        overrides: any setting as section.key=value, e.g. method.mu=0.1 of another method; see
             docs/settings.md. They win over the fields above.
 
     Returns:
         The headline figures: accuracies in [0, 1] by name.
     """
     sections: dict[str, BaseModel | None] = {
+        "method": fedcoe,
         "train": train,
         "partition": partition,
         "model": model,
         "evaluate": evaluate,
         "cold_start": cold_start,
         "runtime": runtime,
+        "privacy": privacy,
+        "faults": faults,
     }
     filled = [
         f"{name}.{key}={json.dumps(value)}"
@@ -135,8 +153,10 @@ def nightly(
 
 
 def _train(root: Path, overrides: Sequence[str], release: bool) -> dict[str, float]:
-    with locked(root, "data", "data being fetched", shared=True):
-        check_dataset(root, overrides)
+    with reading_data(root):
+        notes = check_dataset(root, overrides)
+    for note in (*notes, *check_method(root, overrides)):
+        get_run_logger().warning(note)
     use_default_stores(root)
     settings = load_settings(root / "params.yaml", overrides)
     with workspace(root, settings) as folder:

@@ -4,12 +4,13 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedcoe.bundle import Bundle, load_bundle
+from fedcoe.bundle import load_bundle
 from fedcoe.cold_start import serve_clients
 from fedcoe.config import load_settings
 from fedcoe.data.dataset import load_dataset
@@ -19,7 +20,9 @@ from fedcoe.engine.devices import hardware
 from fedcoe.engine.pool import Engine, Site
 from fedcoe.errors import FedCoEError
 from fedcoe.evaluate import evaluate, join_scores, score_clients, score_global
+from fedcoe.methods.base import Method
 from fedcoe.methods.settings import SWITCHES
+from fedcoe.state import ServerState
 from tasks.files import footing, write_cold_start, write_csv, write_evaluation, write_json
 
 
@@ -143,25 +146,29 @@ def write_baseline(root: Path) -> None:
 
 
 @contextmanager
-def open_models(root: Path) -> Iterator[tuple[Bundle, ClientData, Engine]]:
-    """The models on disk, the data they were trained on, and workers."""
+def open_models(root: Path) -> Iterator[tuple[Method, ServerState, ClientData, Engine]]:
+    """The models on disk, evaluated and served as params.yaml says, their data, and workers."""
     settings = load_settings(root / "params.yaml")
     bundle = load_bundle(root / "models")
+    trained = bundle.method.federation
+    asked = {name: getattr(settings, name) for name in ("evaluate", "cold_start")}
+    told = replace(trained, settings=trained.settings.model_copy(update=asked))
+    method: Method = type(bundle.method)(told)
     data = ClientData(load_dataset(root / "data"), load_partition(root / "partitions"))
     vectorized, devices = hardware(settings.runtime)
     site = Site(
         root / "data",
         root / "partitions",
         root / "models" / "personal",
-        bundle.method.federation.settings.model.name,
+        trained.settings.model.name,
         settings.runtime.precision,
         exported=True,
         vectorized=vectorized,
         devices=devices,
-        build=bundle.method.build,
+        build=method.build,
     )
     with Engine(site, settings.runtime.workers) as engine:
-        yield bundle, data, engine
+        yield method, bundle.state, data, engine
 
 
 def evaluate_models(root: Path) -> None:
@@ -169,8 +176,7 @@ def evaluate_models(root: Path) -> None:
 
     Scores the files a person would deploy, not what training had in memory.
     """
-    with open_models(root) as (bundle, data, engine):
-        method, state = bundle.method, bundle.state
+    with open_models(root) as (method, state, data, engine):
         counts = [int(n) for n in method.federation.train_counts]
         shards = engine.shards(range(len(counts)), counts)
         labels = np.asarray(data.dataset.y_test)
@@ -184,10 +190,10 @@ def evaluate_models(root: Path) -> None:
 
 def evaluate_cold_start(root: Path) -> None:
     """Stage `cold_start`: serve the new clients from models/."""
-    with open_models(root) as (bundle, data, engine):
+    with open_models(root) as (method, state, data, engine):
         partition = data.partition
         new = range(partition.seen, partition.clients)
         samples = np.bincount(partition.client, minlength=partition.clients)
         shards = engine.shards(new, [int(samples[k]) for k in new])
-        served = engine.map(serve_clients, bundle.method, bundle.state, over=shards)
+        served = engine.map(serve_clients, method, state, over=shards)
     write_cold_start(root, data, [client for shard in served for client in shard])

@@ -15,7 +15,8 @@ def settings_page() -> str:
     """Every section of params.yaml, every key with its default, range and meaning."""
     parts = [
         "# Settings\n\n"
-        "Every key of `params.yaml`. Unknown keys and impossible values are refused in one line.\n"
+        "Every key of `params.yaml`. Unknown keys and impossible values are refused in one line; "
+        "keys that only another method has may stay in the section `method` and change nothing.\n"
         "`fedcoe train -S section.key=value` changes one for a run, and so does `dvc exp run -S`, "
         "which wants `-S +section.key=value` for a key that is not in the file.\n"
         "\nThis page is made by `python -m flows.settings_page > docs/settings.md`.\n"

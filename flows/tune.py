@@ -16,6 +16,7 @@ from fedcoe.locks import Lock
 from fedcoe.methods.settings import method_class
 from fedcoe.search_space import search_space
 from flows.pipeline import check_dataset, partition_once
+from tasks.locks import reading_data
 from tasks.study import Plan, Study
 from tasks.tracking import Tracking, log_files, start_study
 from tasks.trial import TrialProcess
@@ -74,7 +75,12 @@ def tune(
         The best trial: number, value, parameters, commands to train with them; and the study's
         name, counts and folder.
     """
-    plan, _ = plan_search(Path(root), overrides, method)
+    with reading_data(Path(root)):
+        plan, _ = plan_search(Path(root), overrides, method)
+        return _tune(plan, workers)
+
+
+def _tune(plan: Plan, workers: int) -> dict[str, Any]:
     with _opened(plan) as study:
         memo = plan.folder / "mlflow-run"
         with Lock(plan.folder / "mlflow.lock"):

@@ -8,6 +8,7 @@ MLflow's stores.
 import http.client
 import json
 import os
+import ssl
 import tempfile
 import threading
 import time
@@ -25,8 +26,11 @@ from tasks.outbox import Outbox, Place, Record, outboxes
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "fedcoe"
+MIXTURE = "fedcoe"
+"""Registered name of a whole run's models; its parts' names begin with it and a dash."""
 RUN_TAG = "fedcoe_run"
 RUN_ID = "{mlflow run}"
 """Stands in a model card for the id that MLflow gives its run."""
@@ -98,6 +102,8 @@ def probe(store: str) -> None:
         return  # it answers; what it wants, the request itself will say
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
+            return  # it answers; MLflow has settings of its own for what to trust
         raise OutOfReachError(f"{store} does not answer ({reason})") from None
 
 
@@ -269,11 +275,13 @@ class _Sender:
                 tags=record["tags"],
                 description=card,
             )
+        if name != MIXTURE:
+            return
         now = client.get_registered_model(name).aliases.get("candidate")
         trained = "" if now is None else client.get_model_version(name, now).tags.get("trained", "")
         # What was trained during an outage may arrive after what was trained since.
         if now is None or trained < record["tags"]["trained"]:
-            client.set_registered_model_alias(name, "candidate", version.version)
+            point(client, "candidate", version)
 
     def _logged_model(self, run_id: str, record: Record, card: str) -> str:
         """The files of a model, with MLflow. Those of a kill in between are replaced."""
@@ -318,6 +326,22 @@ class _Sender:
                 flavor_name="pyfunc.ModelFromCode",
             )
         return str(model.model_id)
+
+
+def point(client: "MlflowClient", alias: str, target: "ModelVersion") -> None:
+    """Let an alias name a version of the mixture, and of its gate and experts; no other's."""
+    # The mixture last: whoever sees it under the alias finds its parts there too, and after a
+    # kill in between the same command completes the move.
+    parts: dict[str, str] = {}
+    for found in client.search_model_versions(f"run_id='{target.run_id}'"):
+        if found.name.startswith(f"{MIXTURE}-"):
+            parts[found.name] = max(parts.get(found.name, "0"), str(found.version), key=int)
+    for model in client.search_registered_models(f"name LIKE '{MIXTURE}-%'"):
+        if model.name in parts:
+            client.set_registered_model_alias(model.name, alias, parts[model.name])
+        elif alias in model.aliases:
+            client.delete_registered_model_alias(model.name, alias)
+    client.set_registered_model_alias(MIXTURE, alias, target.version)
 
 
 _PARENT = ("mlflow.parentRunId",)

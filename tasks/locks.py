@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fedcoe.errors import FedCoEError, disk_fault
@@ -33,6 +33,28 @@ def locked(
             get_run_logger().warning("waiting for %s", what)
         lock = Lock(path, shared)
     with lock:
+        yield
+
+
+def reading_data(root: Path) -> AbstractContextManager[None]:
+    """Keep data/ as it is; any number may."""
+    return locked(root, "data", "data being fetched", shared=True)
+
+
+@contextmanager
+def replacing_data(root: Path) -> Iterator[None]:
+    """Be alone with data/.
+
+    Raises:
+        FedCoEError: something trains on it.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(root, "data", "", wait=False))
+        except BlockingIOError:
+            raise FedCoEError(
+                f"{root / 'data'}: a training reads it; fetch again when that has ended"
+            ) from None
         yield
 
 

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -135,8 +136,9 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:
+        # A certificate that Python does not trust is one's own settings' to judge.
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
 
 
 def check_free(name: str, port: int, choose: str) -> None:

@@ -25,12 +25,12 @@ from fedcoe.engine.pool import Engine, Site
 from fedcoe.errors import FedCoEError
 from fedcoe.locks import Lock
 from fedcoe.release import CONFIDENCE, Difference, Graded, grade_clients
+from tasks.delivery import MIXTURE, point
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-MIXTURE = "fedcoe"
 ALIASES = ("champion", "candidate")
 HISTORY = "champion_history"
 """Tag of the registered model: versions that were champion, oldest first."""
@@ -152,7 +152,7 @@ def move_alias(alias: str, version: str, compared_with: str | None) -> None:
             )
         if alias == "champion" and now != version:
             _remember(client, [*_history(client, now), version])
-        _point(client, alias, target)
+        point(client, alias, target)
 
 
 def rollback_champion() -> tuple[str, str]:
@@ -178,7 +178,7 @@ def rollback_champion() -> tuple[str, str]:
         if not before:
             raise FedCoEError(f"version {now} is the first champion: nothing to go back to")
         # Noted after the move: a kill in between leaves a history that still ends in what it was.
-        _point(client, "champion", registered(before[-1]))
+        point(client, "champion", registered(before[-1]))
         _remember(client, before)
     return now, before[-1]
 
@@ -188,28 +188,16 @@ def _history(client: "MlflowClient", now: str | None) -> list[str]:
     if now is None:
         return []
     noted = json.loads(client.get_registered_model(MIXTURE).tags.get(HISTORY, "[]"))
-    while noted and noted[-1] != now:
+    # Whoever moved the alias in MLflow's own UI noted nothing.
+    if now not in noted:
+        return [*noted, now]
+    while noted[-1] != now:
         noted.pop()
-    return noted or [now]
+    return list(noted)
 
 
 def _remember(client: "MlflowClient", versions: Sequence[str]) -> None:
     client.set_registered_model_tag(MIXTURE, HISTORY, json.dumps(versions[-20:]))
-
-
-def _point(client: "MlflowClient", alias: str, target: "ModelVersion") -> None:
-    # The mixture last: whoever sees it under the alias finds its parts there too, and after a
-    # kill in between the same command completes the move.
-    parts: dict[str, str] = {}
-    for found in client.search_model_versions(f"run_id='{target.run_id}'"):
-        if found.name.startswith(f"{MIXTURE}-"):
-            parts[found.name] = max(parts.get(found.name, "0"), str(found.version), key=int)
-    for model in client.search_registered_models(f"name LIKE '{MIXTURE}-%'"):
-        if model.name in parts:
-            client.set_registered_model_alias(model.name, alias, parts[model.name])
-        elif alias in model.aliases:
-            client.delete_registered_model_alias(model.name, alias)
-    client.set_registered_model_alias(MIXTURE, alias, target.version)
 
 
 @task(name="publish verdict", cache_policy=NO_CACHE)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import psutil
+
 from fedcoe.errors import FedCoEError
 from tasks.locks import locked
 from tasks.processes import (
@@ -73,7 +75,11 @@ def up(root: Path, prefect_port: int, mlflow_port: int) -> tuple[list[dict[str, 
         rows = [{"name": s.name, "address": s.url, "state": s.state} for s in (prefect, mlflow)]
         with _client(prefect.url) as client:
             gpus = devices()
-            created = _pool(client, len(gpus), ours=prefect.service is not None)
+            ours = prefect.service is not None
+            created = _pool(client, len(gpus), ours=ours)
+            if ours and not _others(root):
+                # Of a machine or workers that went down: they would fill the pool for ever.
+                _crash(client, "lost with the worker that ran it", POOL)
             workers = {name: _worker(root, name, gpus[name], environment) for name in gpus}
             changed = _deploy(root, client, prefect.url, environment, anyway=created)
             for name, (worker, state) in workers.items():
@@ -91,14 +97,12 @@ def down(root: Path) -> int:
     root = root.resolve()
     with locked(root, "services", WAITING):
         services = recorded(root)
-        servers = [services[name].process for name in SERVERS if name in services]
-        serving = {p for server in servers if server for p in with_children(server)}
-        others = {s.process for s in services.values() if s.process} | set(marked(root))
+        serving, others = _serving(root), _others(root)
         stopped = serving | others
-        stop(others - serving)
+        stop(others)
         if "prefect" in services:
             with suppress(Exception), _client(services["prefect"].url) as client:
-                _crash(client)
+                _crash(client, "stopped by `fedcoe down`")
         stop(serving)
         for _ in range(3):  # a child may have been started meanwhile
             left = marked(root)
@@ -202,6 +206,19 @@ def _pool(client: "SyncPrefectClient", slots: int, ours: bool) -> bool:
     return False
 
 
+def _serving(root: Path) -> set[psutil.Process]:
+    """The servers that `up` started, and their children."""
+    services = recorded(root)
+    servers = [services[name].process for name in SERVERS if name in services]
+    return {p for server in servers if server for p in with_children(server)}
+
+
+def _others(root: Path) -> set[psutil.Process]:
+    """Workers, and what they run."""
+    started = {s.process for s in recorded(root).values() if s.process}
+    return (started | set(marked(root))) - _serving(root)
+
+
 def _worker(root: Path, name: str, gpu: str, environment: Mapping[str, str]) -> tuple[Service, str]:
     if running := recorded(root).get(name):
         return running, "was up"
@@ -222,8 +239,11 @@ def _online(client: "SyncPrefectClient", name: str, worker: Service) -> bool:
 def _deploy(
     root: Path, client: "SyncPrefectClient", url: str, environment: Mapping[str, str], anyway: bool
 ) -> str:
-    """Apply prefect.yaml where it or the flows changed; switches of schedules stay as they are."""
-    code = [root / "prefect.yaml", *sorted(Path(__file__).parents[1].glob("flows/*.py"))]
+    """Apply prefect.yaml where it, the flows or the settings changed, which make the forms;
+    switches of schedules stay as they are."""
+    here = Path(__file__).parents[1]
+    forms = (*here.glob("flows/*.py"), here / "fedcoe/config.py", *here.glob("fedcoe/methods/*.py"))
+    code = [root / "prefect.yaml", *sorted(forms)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
     memo, now = root / ".fedcoe" / "deployed", f"{url} {digest}"
     if not anyway and memo.exists() and memo.read_text() == now:
@@ -258,19 +278,21 @@ def _switches(client: "SyncPrefectClient") -> dict[tuple[str, str], tuple[UUID, 
     }
 
 
-def _crash(client: "SyncPrefectClient") -> None:
+def _crash(client: "SyncPrefectClient", why: str, pool: str | None = None) -> None:
+    """Mark what is at work, or only what the pool runs, as crashed."""
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,
         FlowRunFilterStateType,
+        WorkPoolFilter,
+        WorkPoolFilterName,
     )
     from prefect.client.schemas.objects import State, StateType
     from prefect.states import Crashed
 
     kinds = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     cut = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=kinds)))
-    for run in client.read_flow_runs(flow_run_filter=cut):
-        state: State[Any] = Crashed(
-            message="stopped by `fedcoe down`; a new run goes on from the last round"
-        )
+    of = None if pool is None else WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+    for run in client.read_flow_runs(flow_run_filter=cut, work_pool_filter=of):
+        state: State[Any] = Crashed(message=f"{why}; a new run goes on from the last round")
         client.set_flow_run_state(run.id, state, force=True)

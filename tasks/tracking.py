@@ -31,6 +31,7 @@ from fedcoe.durable import write_atomic
 from fedcoe.evaluate import Evaluation
 from tasks.delivery import (
     EXPERIMENT,
+    MIXTURE,
     RUN_ID,
     OutOfReachError,
     deliver,
@@ -203,9 +204,11 @@ class Tracking:
                 self._warn("MLflow answers again")
 
     @contextmanager
-    def _passing(self, what: str) -> Iterator[None]:
+    def _passing(self, what: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         try:
             yield
+        except but:
+            raise
         except Exception as error:
             self._refused(what, first_line(error))
 
@@ -385,7 +388,8 @@ def register_models(
     if box is None:
         return []
     registered: list[str] = []
-    with tracking._passing("registered models"):
+    # A full disk ends the run: its checkpoint stays, and started again it registers them.
+    with tracking._passing("registered models", but=(OSError,)):
         info, partition = run.data.dataset.info, run.data.partition
         shared = {
             "method": run.settings.method.name,
@@ -408,9 +412,7 @@ def register_models(
             shared["git_commit"],
             RUN_ID,
         )
-        parts: list[tuple[str, dict[str, Any], dict[str, str]]] = [
-            ("fedcoe", {"part": "mixture"}, shared)
-        ]
+        parts: list[tuple[str, dict[str, Any], dict[str, str]]] = []
         if run.method.has_gate:
             parts.append(("fedcoe-gate", {"part": "gate"}, shared))
         for row in evaluation.experts:
@@ -425,6 +427,8 @@ def register_models(
                     shared | own,
                 )
             )
+        # The mixture last: whoever finds its version finds those of its parts.
+        parts.append((MIXTURE, {"part": "mixture"}, shared))
         new = [part for part in parts if not box.has(f"model {part[0]}")]
         if new:
             # The next run writes its own models there, maybe before these are sent.

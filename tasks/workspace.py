@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from fedcoe.config import Settings, fingerprint_of
 from fedcoe.data.dataset import load_dataset
-from tasks.locks import locked
+from tasks.locks import locked, reading_data
 
 KEEP = 10
 """Folders that stay; the models of all are in the registry."""
@@ -24,19 +24,19 @@ KEEP = 10
 def workspace(root: Path, settings: Settings) -> Iterator[Path]:
     """The folder of these settings and of the data that is there now; an equal run waits for it.
 
-    `data/` and `.fedcoe/` lead to the project's own: the data is not fetched anew meanwhile, and a
-    run that was killed resumes.
+    `data/`, `data.dvc` and `.fedcoe/` lead to the project's own: the data is not fetched anew
+    meanwhile, and a run that was killed resumes.
     """
     root = root.resolve()
-    with locked(root, "data", "data being fetched", shared=True):
+    with reading_data(root):
         key = fingerprint_of([settings.fingerprint(), load_dataset(root / "data").info.hash])
         name = f"{settings.method.name}-{key}"
         with locked(root, f"pool-{name}", "a run with the same settings"):
             folder = root / ".fedcoe" / "pool" / name
             folder.mkdir(parents=True, exist_ok=True)
             os.utime(folder)
-            for shared in ("data", ".fedcoe"):
-                if not (folder / shared).is_symlink():
+            for shared in ("data", "data.dvc", ".fedcoe"):
+                if (root / shared).exists() and not (folder / shared).is_symlink():
                     (folder / shared).symlink_to(root / shared)
             YAML().dump(settings.model_dump(mode="json"), folder / "params.yaml")
             _forget_old(root, folder)

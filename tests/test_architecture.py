@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from fedcoe.config import Settings
+from flows.settings_page import settings_page
+
 ROOT = Path(__file__).parent.parent
 TOOLS = {"prefect", "mlflow", "dvc", "optuna", "typer", "rich", "click"}
 FILES = {layer: sorted((ROOT / layer).rglob("*.py")) for layer in ("fedcoe", "tasks", "flows")}
@@ -79,6 +82,24 @@ def test_a_stage_is_run_again_when_a_file_that_it_imports_changes(stage, entry):
     files = names(reached(entry))
     assert len(files) > 20
     assert not [f for f in files if not any(f == w or f.startswith(f"{w}/") for w in watched)]
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [("dvc.yaml", "train"), ("dvc.yaml", "baseline"), ("results/dvc.yaml", "compare")],
+)
+def test_what_trains_is_run_again_when_any_setting_of_a_training_changes(file, stage):
+    listed = YAML(typ="safe").load(ROOT / file)["stages"][stage]["params"]
+    sections = {name.partition(".")[0] for name in listed}
+    # `data` names what lies in data/, which is watched itself; a search is no training.
+    assert sections == set(Settings.model_fields) - {"data", "tune"}
+    assert sections <= set(YAML(typ="safe").load(ROOT / "params.yaml"))
+
+
+def test_the_page_of_settings_is_as_it_is_made_and_gives_each_a_meaning():
+    page = settings_page()
+    assert (ROOT / "docs/settings.md").read_text() == page
+    assert "|  |\n" not in page
 
 
 def test_the_library_prints_nothing():

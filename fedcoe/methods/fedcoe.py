@@ -46,9 +46,9 @@ SKETCH = 64
 
 class FedCoESettings(MethodSettings):
     name: Literal["fedcoe"] = "fedcoe"
-    balanced_softmax: bool = True
-    server_momentum: float = Field(0.7, ge=0.0, lt=1.0)
-    reweighting: bool = True
+    balanced_softmax: bool = Field(True, description="As above; here it is on")
+    server_momentum: float = Field(0.7, ge=0.0, lt=1.0, description="As above, of each expert")
+    reweighting: bool = Field(True, description="As above; here it is on")
     experts: int = Field(4, ge=1, le=64, description="M, global experts")
     experts_per_client: int = Field(1, ge=1, le=64, description="K, experts a client trains")
     similarity: Literal["labels", "features", "updates", "none"] = Field(
@@ -57,8 +57,12 @@ class FedCoESettings(MethodSettings):
         "the common model, when it branches, differ from what their label counts let expect; or "
         "first-round updates where counts must stay private; or nothing",
     )
-    similarity_sharpness: float = Field(4.0, ge=0.0, le=100.0)
-    correlation_momentum: float = Field(0.5, ge=0.0, lt=1.0)
+    similarity_sharpness: float = Field(
+        4.0, ge=0.0, le=100.0, description="How far the first correlation is from even shares"
+    )
+    correlation_momentum: float = Field(
+        0.5, ge=0.0, lt=1.0, description="What a client's correlation keeps when its losses arrive"
+    )
     correlation_floor: float = Field(0.05, gt=0.0, le=1.0, description="e in (1-e) c + e/M")
     loss_sharpness: float = Field(5.0, ge=0.0, le=100.0, description="s in c ~ exp(-s loss)")
     responsibility: Literal["none", "posterior"] = Field(
@@ -89,10 +93,12 @@ class FedCoESettings(MethodSettings):
         0, ge=0, description="Project each expert's features to this many; 0 = keep all"
     )
     gate_epochs: int = Field(1, ge=1, le=100, description="Local epochs of the neural gate")
-    gate_lr: float = Field(0.1, gt=0.0, le=10.0)
+    gate_lr: float = Field(0.1, gt=0.0, le=10.0, description="Learning rate of the neural gate")
     load_balance: float = Field(0.1, ge=0.0, le=100.0, description="Neural gate's balance term")
-    coordination_head: bool = True
-    personal_expert: bool = True
+    coordination_head: bool = Field(True, description="As above; here it is on")
+    personal_expert: bool = Field(
+        True, description="Each client also keeps an expert of its own, which nobody else sees"
+    )
     branch_after: int = Field(
         0,
         ge=0,

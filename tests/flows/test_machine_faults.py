@@ -1,5 +1,6 @@
 """Disks that are full or may not be written, two trainings in one folder: real ones, each time."""
 
+import errno
 import os
 import shutil
 import signal
@@ -103,6 +104,32 @@ def test_a_disk_that_is_full_at_any_write_is_said_in_one_line_and_training_goes_
     assert contents(root, ("models",)) == contents(project, ("models",))
     for name in ("metrics/train.json", "plots/curves.csv"):
         assert (root / name).read_bytes() == (project / name).read_bytes(), name
+
+
+def test_a_disk_too_full_for_the_registrys_copy_ends_the_run_which_registers_when_started_again(
+    new_project: Callable[..., Path],
+    run_training: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlflow import MlflowClient
+
+    from tasks.outbox import Outbox
+
+    root, really = new_project(), Outbox.keep
+
+    def keep(box: Outbox, name: str, write: Callable[[Path], object]) -> str:
+        if name == "models":
+            raise OSError(errno.ENOSPC, "No space left on device", str(root / "models"))
+        return really(box, name, write)
+
+    with monkeypatch.context() as full:
+        full.setattr(Outbox, "keep", keep)
+        with pytest.raises(FedCoEError, match=r"models: cannot be written: No space left"):
+            run_training(root)
+    stores = MlflowClient(f"sqlite:///{root}/.fedcoe/mlflow.db")
+    assert stores.search_registered_models() == []
+    run_training(root)
+    assert {m.name for m in stores.search_registered_models()} >= {"fedcoe", "fedcoe-expert-1"}
 
 
 def lines(text: str) -> list[str]:

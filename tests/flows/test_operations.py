@@ -293,18 +293,81 @@ def test_the_second_of_two_equal_runs_waits_and_a_killed_holder_lets_go(tmp_path
         waiting.join()
 
 
+def test_what_went_down_with_its_worker_does_not_fill_the_pool_for_ever(prefect_api: str) -> None:
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.states import Running
+
+    from tasks.services import _crash
+
+    @flow
+    def nothing() -> None: ...
+
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name="lost-pool", type="process"))
+        of = client.create_flow(nothing)
+        deployment = client.create_deployment(of, "lost", work_pool_name="lost-pool")
+        lost = client.create_flow_run_from_deployment(deployment, state=Running())
+        by_hand = client.create_flow_run(nothing, state=Running())
+        _crash(client, "lost with the worker that ran it", "lost-pool")
+        lost, by_hand = (client.read_flow_run(run.id) for run in (lost, by_hand))
+    assert lost.state.is_crashed() and "lost with the worker" in lost.state.message
+    assert by_hand.state.is_running()
+
+
+def test_a_server_whose_certificate_only_mlflow_trusts_counts_as_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ssl
+    import urllib.error
+
+    from tasks.delivery import OutOfReachError, probe
+    from tasks.processes import answers
+
+    def refused(reason: Exception) -> None:
+        def urlopen(*_: Any, **__: Any) -> None:
+            raise urllib.error.URLError(reason)
+
+        monkeypatch.setattr("urllib.request.urlopen", urlopen)
+
+    refused(ssl.SSLCertVerificationError("self-signed certificate"))
+    probe("https://mlflow.example")
+    assert answers("https://mlflow.example")
+    refused(ConnectionRefusedError())
+    with pytest.raises(OutOfReachError):
+        probe("https://mlflow.example")
+    assert not answers("https://mlflow.example")
+
+
+def test_data_is_not_replaced_under_a_training(
+    new_project: Callable[..., Path], fedcoe_command: Callable[..., Any]
+) -> None:
+    from tasks.locks import reading_data
+
+    root = new_project()
+    with reading_data(root):
+        refused = fedcoe_command(root, "fetch", "digits")
+    assert refused.returncode == 2
+    assert "data: a training reads it; fetch again when that has ended" in refused.stderr
+    assert fedcoe_command(root, "fetch", "digits").returncode == 0
+
+
 def test_runs_on_the_pool_have_folders_of_their_own_and_old_ones_go(
     new_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedcoe.config import load_settings
     from tasks import workspace as module
+    from tasks.tracking import data_version
 
     monkeypatch.setattr(module, "KEEP", 2)
     root, folders = new_project(), []
+    (root / "data.dvc").write_text("outs: [{md5: abc.dir, path: data}]")
     for seed in range(3):
         settings = load_settings(root / "params.yaml", [f"train.seed={seed}"])
         with module.workspace(root, settings) as folder:
             assert load_settings(folder / "params.yaml") == settings
+            assert data_version(folder) == "abc.dir"
             folders.append(folder)
         time.sleep(0.02)
     assert len(set(folders)) == 3
@@ -324,7 +387,21 @@ def test_the_form_of_train_has_the_descriptions_and_ranges_of_the_settings() -> 
     [number] = [kind for kind in lr["anyOf"] if kind["type"] == "number"]
     assert number == {"type": "number", "exclusiveMinimum": 0.0, "maximum": 10.0}
     assert lr["default"] is None
-    assert all(of.get("description") for of in schema["properties"].values())
+    forms = [schema, *(found for found in schema["definitions"].values() if "properties" in found)]
+    fields = [(n, of) for form in forms for n, of in form["properties"].items()]
+    assert {"experts", "epsilon", "dropout"} <= {name for name, _ in fields}
+    assert [name for name, of in fields if not of.get("description")] == []
+
+
+def test_a_field_of_another_method_is_refused_before_anything_is_trained(
+    new_project: Callable[..., Path],
+) -> None:
+    from flows.operations import FedCoE, train
+
+    root = new_project()
+    with pytest.raises(FedCoEError, match=r"method\.experts: fedavg has no such setting"):
+        train.fn(str(root), method="fedavg", fedcoe=FedCoE(experts=3))
+    assert not (root / ".fedcoe" / "pool").exists()
 
 
 def test_a_run_that_names_another_dataset_than_the_one_that_is_there_trains_nothing(

@@ -125,11 +125,33 @@ def test_rollback_after_a_kill_between_note_and_move_goes_to_the_last_real_champ
     from tasks import release
 
     with monkeypatch.context() as broken:
-        broken.setattr(release, "_point", killed)
+        broken.setattr(release, "point", killed)
         with pytest.raises(KeyboardInterrupt):
             release.move_alias("champion", "1", "2")
     assert champions(succeeded) == SECOND
     assert release.rollback_champion() == ("2", "1")
+
+
+def test_a_champion_set_in_the_registrys_own_ui_can_be_rolled_back(registry: Any) -> None:
+    from tasks.release import move_alias, rollback_champion
+
+    move_alias("champion", "1", None)
+    registry.set_registered_model_alias("fedcoe", "champion", "2")
+    assert rollback_champion() == ("2", "1")
+    assert champions(registry) == FIRST
+
+
+def test_what_a_run_registers_becomes_candidate_as_a_whole(registry: Any) -> None:
+    named = {
+        m.name: str(m.aliases.get("candidate", "")) for m in registry.search_registered_models()
+    }
+    # Expert 2 is of the run before.
+    assert named == SECOND | {"fedcoe-expert-2": ""}
+    # Last: a release that finds its version finds those of its parts.
+    versions = registry.search_model_versions("")
+    last = max((v for v in versions if v.name != "fedcoe"), key=lambda v: v.creation_timestamp)
+    whole = registry.get_model_version("fedcoe", "2")
+    assert whole.creation_timestamp >= last.creation_timestamp
 
 
 def test_a_rollback_killed_half_way_is_completed_by_the_same_command(
@@ -175,11 +197,11 @@ from mlflow import MlflowClient
 from fedcoe.errors import FedCoEError
 from tasks import release
 seen = release.aliased("champion")
-slow = release._point
+slow = release.point
 def point(*args):
     time.sleep(1)  # without the lock both would have compared by now
     slow(*args)
-release._point = point
+release.point = point
 print("ready", flush=True)
 sys.stdin.readline()
 try:
