@@ -309,7 +309,7 @@ def _check_sizes(method: Method, state: ServerState, width: int) -> None:
 
 
 def load_bundle(
-    folder: Path,
+    folder: str | Path,
     precision: Literal["auto", "fp32", "bf16"] | None = None,
     only: int | None = None,
 ) -> Bundle:
@@ -322,6 +322,7 @@ def load_bundle(
     Raises:
         FedCoEError: missing, damaged, or of another format.
     """
+    folder = Path(folder)
     path = folder / "state.json"
     try:
         raw = read_json(path)

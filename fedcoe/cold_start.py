@@ -106,6 +106,7 @@ def rows(clients: Sequence[NewClient], data: ClientData) -> list[dict[str, Any]]
         {
             "client": data.partition.names[c.client],
             "samples": c.samples,
+            "test_samples": c.tallies["none"].count,
             "feature_group": int(data.partition.group[c.client]),
         }
         | {mode: t.accuracy for mode, t in c.tallies.items()}

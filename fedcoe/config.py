@@ -1,6 +1,6 @@
 """params.yaml <-> typed, documented, validated settings.
 
-One pydantic model a section, one section a pipeline stage. Unknown keys are errors, so that a
+One pydantic model a section. Unknown keys are errors, so that a
 misspelt setting never trains with its default in silence.
 """
 

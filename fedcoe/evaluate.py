@@ -144,6 +144,7 @@ def evaluate(
                 "client": method.federation.names[c.client],
                 "kind": "seen",
                 "samples": int(method.federation.train_counts[c.client]),
+                "test_samples": len(c.test_labels),
                 "feature_group": int(method.federation.groups[c.client]),
                 "accuracy_global": tally(
                     method.predict_global(state, c.test), c.test_labels

@@ -74,7 +74,7 @@ class Mixture(Program):
     def __init__(self, bundle: Bundle) -> None:
         method, state = bundle.method, bundle.state
         super().__init__(bundle, list(range(method.experts)))
-        self.calibrated = method.calibrated
+        self.coordinates = method.coordinates
         self.calibration = dict(method.calibration(state, "global"))
         f = method.federation
 
@@ -96,7 +96,7 @@ class Mixture(Program):
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.outputs(images)
         logits = torch.stack([logit for logit, _ in outputs])
-        if not self.calibrated:
+        if not self.coordinates:
             return F.softmax(logits, dim=-1).mean(dim=0)
         c = self.calibration
         experts = F.log_softmax(logits * c.get("experts", 1.0), dim=-1)

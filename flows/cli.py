@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedcoe.errors import FedCoEError, said_of_disks
 
@@ -566,6 +566,7 @@ def _show(figures: Mapping[str, float], as_json: bool) -> None:
         return
     table = Table("accuracy", "%", box=None)
     for name, value in figures.items():
+        name = name.replace("few_shot", "few-shot (fine-tunes; a reference)")
         table.add_row(name, f"{100 * value:.2f}")
     out.print(table)
 
@@ -817,6 +818,21 @@ def _bundle(
         yield bundle
 
 
+Out = Annotated[Path | None, typer.Option("--out", help="Write predictions: .csv or .json.")]
+
+
+def _check_out(path: Path | None) -> None:
+    if path is not None and path.suffix not in (".csv", ".json"):
+        raise FedCoEError(f"--out {path}: must end in .csv or .json")
+
+
+def _write_out(path: Path | None, predictions: list[dict[str, Any]]) -> None:
+    from tasks.files import write_csv, write_json
+
+    if path is not None:
+        (write_csv if path.suffix == ".csv" else write_json)(path, predictions)
+
+
 @app.command(
     epilog="Examples:  fedcoe predict photos/   |   fedcoe predict images.npz --mode unlabelled"
 )
@@ -828,6 +844,7 @@ def predict(
     models: Models = Path("models"),
     version: Version = None,
     root: Root = Path("."),
+    out_path: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict classes of images of a client that never took part."""
@@ -837,6 +854,7 @@ def predict(
 
     if mode not in ("none", "unlabelled"):
         raise FedCoEError(f"--mode {mode}: there are none and unlabelled")
+    _check_out(out_path)
     with _bundle(models, version, root) as bundle:
         federation = bundle.method.federation
         names, pixels = read_images(images, federation.shape)
@@ -845,10 +863,11 @@ def predict(
         {"image": name, "class": federation.class_names[int(row.argmax())], "p": float(row.max())}
         for name, row in zip(names, p, strict=True)
     ]
+    _write_out(out_path, rows)
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    table = Table("image", "class", "probability", box=None)
+    table = Table(Column("image", overflow="fold"), "class", "probability", box=None)
     for row in rows:
         table.add_row(row["image"], row["class"], f"{row['p']:.3f}")
     out.print(table)
@@ -870,9 +889,7 @@ def join(
     models: Models = Path("models"),
     version: Version = None,
     root: Root = Path("."),
-    out_path: Annotated[
-        Path | None, typer.Option("--out", help="Write predictions: .csv or .json.")
-    ] = None,
+    out_path: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Take in a client never seen: experts that fit it, its class mix, predictions, accuracy."""
@@ -883,17 +900,13 @@ def join(
 
     if mode is not None and mode not in MODES:
         raise FedCoEError(f"--mode {mode}: there are {', '.join(MODES)}")
-    if out_path is not None and out_path.suffix not in (".csv", ".json"):
-        raise FedCoEError(f"--out {out_path}: must end in .csv or .json")
+    _check_out(out_path)
     with _bundle(models, version, root) as bundle:
         federation = bundle.method.federation
         client = read_client(data, federation.shape, federation.class_names)
         joined = take_in(bundle, client.images, client.labels, mode)
     predictions = joined.rows(client.names, federation.class_names)
-    if out_path is not None:
-        from tasks.files import write_csv, write_json
-
-        (write_csv if out_path.suffix == ".csv" else write_json)(out_path, predictions)
+    _write_out(out_path, predictions)
     if as_json:
         found = joined.summary(federation.class_names) | {"predictions": predictions}
         typer.echo(json.dumps(found))
@@ -925,7 +938,6 @@ def export(
     mixture: Annotated[
         bool, typer.Option("--mixture", help="All experts, gate and head; mode none.")
     ] = False,
-    file_format: Annotated[str, typer.Option("--format", help="pt2 (torch.export).")] = "pt2",
     out_path: Annotated[
         Path | None, typer.Option("--out", help="Default: expert-N.pt2 or mixture.pt2.")
     ] = None,
@@ -936,8 +948,6 @@ def export(
     """Write one expert or the mixture as one file for a device, and check what it computes."""
     if (expert is None) != mixture:
         raise FedCoEError("say which: --expert N or --mixture")
-    if file_format != "pt2":
-        raise FedCoEError(f"--format {file_format}: there is pt2 (docs/serving.md says why)")
     path = out_path or Path("mixture.pt2" if expert is None else f"expert-{expert}.pt2")
     if path.suffix != ".pt2":
         raise FedCoEError(f"--out {path}: must end in .pt2")

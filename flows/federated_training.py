@@ -140,6 +140,14 @@ def _train(
     state, history, _ = resumed
     for sentence in method.inert():
         get_run_logger().warning("no effect: %s", sentence)
+    half, batch = int(np.median(method.federation.train_counts)), settings.train.batch_size
+    if half < batch:
+        get_run_logger().warning(
+            "half of the clients have at most %d training images, less than train.batch_size = %d: "
+            "one step an epoch; lower it, or train more rounds",
+            half,
+            batch,
+        )
     if state.round:
         get_run_logger().info("resuming after round %d of run %s", state.round, run.key)
     report_progress("start", run=run, round=state.round, rounds=settings.train.rounds)

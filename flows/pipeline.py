@@ -15,6 +15,7 @@ from fedcoe.cold_start import serve_clients
 from fedcoe.config import load_settings
 from fedcoe.data.dataset import load_dataset
 from fedcoe.data.partition import load_partition, make_partition, save_partition
+from fedcoe.data.sources import sources
 from fedcoe.engine.clients import ClientData
 from fedcoe.engine.devices import hardware
 from fedcoe.engine.pool import Engine, Site
@@ -80,6 +81,8 @@ def check_dataset(root: Path, overrides: Sequence[str]) -> list[str]:
             f"data/ holds {found}, not {asked}; run `fedcoe fetch {asked}`, or say "
             f"`data.name={found}` to train on what is there"
         )
+    if found not in sources():
+        return []  # data of one's own, put there on purpose
     return [f"data/ holds {found}, which is trained on; params.yaml names {asked}"]
 
 

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from fedcoe.config import load_settings
-from fedcoe.data.dataset import load_dataset
+from fedcoe.data.dataset import verify_dataset
 from fedcoe.data.partition import load_partition
 from fedcoe.errors import FedCoEError
 
@@ -88,7 +88,7 @@ def _settings(root: Path) -> Finding:
 def _folder(root: Path, name: str, mend: str) -> Finding:
     try:
         if name == "data":
-            info = load_dataset(root / name).info
+            info = verify_dataset(root / name).info
             found = f"{info.name}, {info.train:,} + {info.test:,} images"
         else:
             partition = load_partition(root / name)

@@ -184,8 +184,9 @@ def _content(root: Path) -> Values:
     evaluate = _json(root, "metrics/evaluate.json", "method", "seed", "global", "personalized")
     cold = _json(root, "metrics/cold_start.json")
     curves = _table(root, "plots/curves.csv", "round")
-    clients = _table(root, "plots/clients.csv", "client", "samples", "accuracy", "correlation_0")
-    new = _table(root, "plots/new_clients.csv", "client", "samples", *_MODES, optional=True)
+    named = ("client", "samples", "test_samples")
+    clients = _table(root, "plots/clients.csv", *named, "accuracy", "correlation_0")
+    new = _table(root, "plots/new_clients.csv", *named, *_MODES, optional=True)
     experts = _table(root, "plots/experts.csv", "expert", "load", "clients", "accuracy")
     theirs: Values = {}
     if (root / "metrics/baseline.json").exists():
@@ -242,7 +243,7 @@ def _content(root: Path) -> Values:
         "manifest": manifest,
         "partition_words": _partition_words(settings.partition),
         "sizes": counts.sum(axis=1),
-        "cards": _cards(ours, theirs),
+        "cards": _cards(ours, theirs, clients, new),
         "results": _results(ours, theirs),
         "curves_wide": Markup(wide),
         "curves_narrow": Markup(narrow),
@@ -317,11 +318,14 @@ def _partition_words(partition: PartitionSettings) -> str:
     return f"{scheme} and {partition.feature_skew} in {partition.feature_groups} feature groups"
 
 
-def _cards(ours: Values, theirs: Values) -> list[Values]:
+def _cards(ours: Values, theirs: Values, seen: pd.DataFrame, new: pd.DataFrame) -> list[Values]:
     places = {
         "Global": ("global", "for everyone, official test set"),
-        "Personalized": ("personalized", "each seen client on its own test data"),
-        "Cold start": ("unlabelled", "new clients, no training step, unlabelled inputs only"),
+        "Personalized": ("personalized", f"each seen client on its own test data{_of(seen)}"),
+        "Cold start": (
+            "unlabelled",
+            f"new clients, no training step, unlabelled inputs only{_of(new)}",
+        ),
     }
     cards = []
     for title, (key, words) in places.items():
@@ -331,6 +335,12 @@ def _cards(ours: Values, theirs: Values) -> list[Values]:
             {"title": title, "words": words, "ours": own, "theirs": (other or {}).get("accuracy")}
         )
     return cards
+
+
+def _of(clients: pd.DataFrame) -> str:
+    """How many images an accuracy is of: of few, a point is one image."""
+    images = clients["test_samples"].sum()
+    return f" ({_number(images)} images of {len(clients)} clients)" if images else ""
 
 
 def _results(ours: Values, theirs: Values) -> list[Values]:

@@ -472,8 +472,8 @@ def _natural(
         listed = _listed([f"{names[k]} ({sizes[k]})" for k in small])
         lower = f"set it to {sizes.min()}, or " if sizes.min() >= 4 else ""
         raise FedCoEError(
-            f"partition.min_samples = {settings.min_samples}: natural clients with fewer: "
-            f"{listed}; {lower}merge or remove them in the data"
+            f"partition.min_samples = {settings.min_samples}: natural clients with fewer training "
+            f"images: {listed}; {lower}merge or remove them in the data"
         )
     return client.astype(np.int64), names
 

@@ -165,10 +165,8 @@ class LocalResult:
         self.dropped += other.dropped
         self.singles += other.singles
         for name, total in other.extra.items():
-            if name in self.extra:
-                self.extra[name].merge(total)
-            else:
-                self.extra[name] = total
+            own = self.extra.setdefault(name, ExactSum.zeros(total.total.shape, total.bits))
+            own.merge(total)
 
 
 @dataclass
@@ -386,7 +384,8 @@ class Method:
 
     @property
     def coordinates(self) -> bool:
-        """Whether there are gate updates: for a gate, a coordination head, or both."""
+        """Whether there are gate updates, for a gate, a coordination head or both; then `pooled`
+        predicts, with temperatures and weights fitted on validation."""
         return self.has_gate or self.settings.coordination_head
 
     @property
@@ -775,11 +774,6 @@ class Method:
         """
         return self.uniform if self.settings.coordination_head else self.trained_prior
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether `pooled` predicts, with temperatures and weights fitted on validation."""
-        return bool(self.settings.coordination_head)
-
     def grids(self) -> dict[str, tuple[float, tuple[float, ...]]]:
         """What is calibrated: start value and the values tried. Nothing here without a head."""
         if not self.settings.coordination_head:
@@ -810,7 +804,7 @@ class Method:
         Args:
             validation: seen clients' outputs and labels on their validation splits, by client.
         """
-        if not self.calibrated or self.privacy is not None:
+        if not self.coordinates or self.privacy is not None:
             return state
         f = self.federation
 
@@ -890,7 +884,7 @@ class Method:
 
     def predict_global(self, state: ServerState, scores: Scores) -> Log:
         """[n, C] log probabilities, knowing nothing about the client."""
-        if self.calibrated:
+        if self.coordinates:
             return self.pooled(self.calibration(state, "global"), scores)
         return self.mixture(scores, np.full(self.experts, 1.0 / self.experts))
 
@@ -907,7 +901,7 @@ class Method:
         correlation: NDArray[np.float64] | None,
     ) -> Log:
         """Experts weighted by a client's correlation [M], reweighted to its label prior [C]."""
-        if self.calibrated:
+        if self.coordinates:
             calibration = self.calibration(state, "client")
             return self.for_prior(self.pooled(calibration, scores, correlation), prior)
         if correlation is None:
@@ -1012,25 +1006,11 @@ def add_at(result: LocalResult, expert: int, delta: Vector, weight: float) -> No
 
 def merged(results: Sequence[LocalResult]) -> LocalResult:
     """One shard's result for all shards'."""
-    first, *others = results
-    if not others:
-        return first
-    total = replace(
-        first,
-        updates=ExactSum(first.updates.total.copy(), first.updates.bits),
-        weights=ExactSum(first.weights.total.copy(), first.weights.bits),
-        square_norms=ExactSum(first.square_norms.total.copy(), first.square_norms.bits),
-        losses=list(first.losses),
-        personal=list(first.personal),
-        sketches=dict(first.sketches),
-        dropped=Counter(first.dropped),
-        singles=list(first.singles),
-        extra={
-            name: ExactSum(total.total.copy(), total.bits) for name, total in first.extra.items()
-        },
-    )
-    for other in others:
-        total.merge(other)
+    if len(results) == 1:
+        return results[0]
+    total = LocalResult.zeros(*results[0].updates.total.shape)
+    for result in results:
+        total.merge(result)
     return total
 
 

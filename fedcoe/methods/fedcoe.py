@@ -13,9 +13,9 @@ personal expert. A new client is served from the pool with no training.
         correlation     c[k] ~ exp(-s * mean loss), with momentum and a floor
 
 Communicated, a round: K experts down and up. A gate update: M experts down; up the sums F'F, F'Q,
-F'Y (analytic) or the gate's parameters (neural), and M mean losses. Label counts once, unless
-`similarity` needs none and neither `balanced_softmax` nor `reweighting` is on. With `similarity:
-features`, once: the mean of a client's features, and their sums by class.
+F'Y (analytic) or the gate's parameters (neural), and M mean losses. Label counts once, where
+something on the server needs them (docs/privacy.md). With `similarity: features`, once: the mean of
+a client's features, and their sums by class.
 """
 
 from collections.abc import Sequence
@@ -540,10 +540,6 @@ class FedCoE(Method):
     def _sharpness(self) -> float:
         """Of the gate before calibration."""
         return 10.0 if self._analytic else 1.0
-
-    @property
-    def calibrated(self) -> bool:
-        return True
 
     def grids(self) -> dict[str, tuple[float, tuple[float, ...]]]:
         sharp = (0.0, 1.0, 3.0, 10.0, 30.0) if self._analytic else (0.0, 1.0, 2.0)

@@ -1,6 +1,6 @@
 """Local: every client trains a model of its own on its own data, and nothing is shared.
 
-The rival that every personalized method must beat (win rate, design.md section 4).
+The rival that every personalized method must beat (docs/comparison.md: win rate).
 
     each round, for the cohort:
         local train     v_k from where the client left it; from the common start in its first round
@@ -78,10 +78,6 @@ class Local(Method):
 
     @property
     def coordinates(self) -> bool:
-        return False
-
-    @property
-    def calibrated(self) -> bool:
         return False
 
     @property

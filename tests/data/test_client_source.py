@@ -36,7 +36,8 @@ def test_sub_folders_are_classes_by_the_models_names(tmp_path):
     ("files", "said"),
     [
         (["cow/a.png"], "cow: is no class of the model .cat, dog."),
-        (["x/cat/a.png"], "x/cat: is no class"),
+        (["x/cat/a.png"], "x/cat: lies deeper than one sub-folder a class; name the folder of one"),
+        (["Cat/a.png"], "Cat: is spelled cat in the model"),
         (["a.png", "cat/b.png"], "both in it and in sub-folders"),
         ([], "holds no images"),
     ],

@@ -564,6 +564,19 @@ def test_foreign_and_broken_files_are_named(tmp_path: Path) -> None:
     assert f"{broken}: is not an image" in refusal(from_folder, tmp_path)
 
 
+@pytest.mark.parametrize("kept", [0, 45])
+def test_of_several_broken_files_all_are_named_at_once(tmp_path: Path, kept: int) -> None:
+    for i in range(30):
+        picture(tmp_path / "ab"[i % 2] / f"{i}.png", i)
+    for i in range(12):
+        path = tmp_path / "ab"[i % 2] / f"{i}.png"
+        path.write_bytes(path.read_bytes()[:kept])
+    said = refusal(from_folder, tmp_path)
+    # Headers are read of all; then pixels, those of training before those of test.
+    assert said.count("not readable as an image") == 10 if kept == 0 else 5 < said.count("; ")
+    assert kept or said.endswith("; and 2 more")
+
+
 def test_mixed_or_unclear_layouts_are_refused(tmp_path: Path) -> None:
     assert "holds no images" in refusal(from_folder, tmp_path)
     picture(tmp_path / "a" / "0.png")

@@ -161,12 +161,15 @@ def test_predict_reads_image_files_as_it_reads_arrays(project: Path, tmp_path: P
     (tmp_path / "folder").mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image[..., 0]).save(tmp_path / "folder" / f"{i}.png")
+    (tmp_path / "folder" / "notes.txt").write_text("of a scanner")
     models = ("--json", "--models", str(project / "models"))
     files, arrays = (
         json.loads(invoke("predict", str(tmp_path / name), *models).stdout)
         for name in ("folder", "images.npz")
     )
     assert [row["image"] for row in files] == ["0.png", "1.png", "2.png"]
+    invoke("predict", str(tmp_path / "folder"), *models, "--out", str(tmp_path / "kept.csv"))
+    assert (tmp_path / "kept.csv").read_text().startswith("image,class,p\n0.png,")
     assert [(r["class"], r["p"]) for r in files] == [(r["class"], r["p"]) for r in arrays]
 
 
@@ -281,6 +284,9 @@ def test_data_that_params_yaml_does_not_name_is_trained_on_and_named(
     assert check_dataset(root, []) == [
         "data/ holds digits, which is trained on; params.yaml names cifar10"
     ]
+    about = json.loads((root / "data/dataset.json").read_text()) | {"name": "photos"}
+    (root / "data/dataset.json").write_text(json.dumps(about))
+    assert check_dataset(root, []) == []  # of one's own: put there on purpose
 
 
 def test_the_baseline_is_fedavg_with_the_switches_of_the_run(bare: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_pick_is_exported_and_runs_without_this_package(
         (("export",), "--expert N or --mixture"),
         (("export", "--expert", "0", "--mixture"), "--expert N or --mixture"),
         (("export", "--expert", "5"), "there are 0 to 1"),
-        (("export", "--expert", "0", "--format", "onnx"), "there is pt2"),
+        (("predict", "data", "--out", "x.txt"), ".csv or .json"),
         (("export", "--expert", "0", "--out", "x.bin"), "must end in .pt2"),
     ],
 )

@@ -198,7 +198,6 @@ def test_switched_off_nothing_of_it_is_left(make, make_engine, train, same_bytes
         states[on] = train(engine, method, 1)
     method = methods[False]
     assert not method.settings.coordination_head and not method.coordinates
-    assert not method.calibrated
     # Training does not notice the head.
     same_bytes(states[True], states[False])
     assert set(states[True].extra) - set(states[False].extra) == {"head"}
@@ -248,7 +247,7 @@ def test_local_says_which_switches_do_nothing(make_method):
         "server_momentum",
         "coordination_head",
     ]
-    assert not found.coordinates and not found.calibrated
+    assert not found.coordinates
 
 
 def test_a_head_kept_from_elsewhere_is_not_used_when_it_is_switched_off(make, side):

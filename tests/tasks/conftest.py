@@ -33,6 +33,7 @@ def clients_table(
             "client": [*names, *(f"client-{k:03d}" for k in range(len(names), clients))][:clients],
             "kind": "seen",
             "samples": rng.integers(20, 400, clients),
+            "test_samples": 50,
             "feature_group": "",
             "accuracy_global": pooled,
             "accuracy": np.clip(pooled + rng.normal(0.08, 0.04, clients), 0, 1),
@@ -128,7 +129,7 @@ def write_run(
         curves_table().to_csv(root / "plots/baseline_curves.csv", index=False)
     clients_table(seen, experts, everyone[:seen]).to_csv(root / "plots/clients.csv", index=False)
     joined = clients_table(new, experts, everyone[seen:], seed=2)
-    kept = joined[["client", "samples", "feature_group"]].assign(
+    kept = joined[["client", "samples", "test_samples", "feature_group"]].assign(
         none=joined["accuracy_global"],
         unlabelled=joined["accuracy_global"] + 0.02,
         labels=joined["accuracy"],

@@ -28,6 +28,7 @@ RunWriter = Callable[..., Path]
 
 def test_report_shows_headline_accuracies_and_their_differences(make_run: RunWriter) -> None:
     page = build_report(make_run())
+    assert "unlabelled inputs only (100 images of 2 clients)" in page.read_text()
     text = page.read_text()
     assert page.parts[-2:] == ("reports", "index.html")
     cards = re.findall(r"<article.*?</article>", text, re.S)

@@ -59,8 +59,18 @@ def _folder(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> 
             "or one sub-folder a class"
         )
     if () not in tops:
+        spelled = {name.lower(): name for name in classes}
         for top in sorted(tops):
-            if len(top) > 1 or top[0] not in classes:
+            if len(top) > 1:
+                raise FedCoEError(
+                    f"{path / Path(*top)}: lies deeper than one sub-folder a class; "
+                    "name the folder of one client"
+                )
+            if top[0] not in classes and (known := spelled.get(top[0].lower())):
+                raise FedCoEError(
+                    f"{path / top[0]}: is spelled {known} in the model; rename the folder"
+                )
+            if top[0] not in classes:
                 raise FedCoEError(
                     f"{path / Path(*top)}: is no class of the model ({_few(classes)}); "
                     "images without labels lie flat in the folder"

@@ -7,10 +7,10 @@ files that are no images are refused by name.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,10 @@ _COLOUR = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 _MAX_PIXELS = 64_000_000
 _MAX_FILE = 256 * 2**20
 _TEST = 0.2
+_MAX_SAID = 10
+
+
+_Read = TypeVar("_Read")
 
 
 class _Item(NamedTuple):
@@ -56,7 +60,7 @@ def from_folder(path: str | Path, seed: int = 0) -> RawDataset:
     path = Path(path)
     try:
         root = path.resolve(strict=True)
-        tops = {entry.name for entry in root.iterdir() if not _ignored(entry)}
+        tops = {entry.name for entry in root.iterdir() if not ignored(entry)}
         if not {"train", "test"} <= tops:
             if tops in ({"train"}, {"test"}):
                 raise FedCoEError(f"{path}: has {tops.pop()}/ alone; needs train/ and test/")
@@ -81,7 +85,7 @@ def _assemble(root: Path, trained: list[_Item], tested: list[_Item]) -> RawDatas
     for item in tested:
         if item.label not in index:
             raise FedCoEError(f"{item.path}: class {item.label!r} has no training image")
-    headers = [read_header(item.path) for item in (*trained, *tested)]
+    headers = _each([item.path for item in (*trained, *tested)], read_header)
     sizes = Counter(size for size, _ in headers)
     size = max(sizes, key=lambda key: (sizes[key], key))
     mode = "L" if all(gray for _, gray in headers) else "RGB"
@@ -115,6 +119,20 @@ def _assemble(root: Path, trained: list[_Item], tested: list[_Item]) -> RawDatas
     )
 
 
+def _each(paths: Sequence[Path], read: Callable[[Path], _Read]) -> list[_Read]:
+    """Read all files before anything is said, so that all that are broken are named at once."""
+    found, bad = [], []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except FedCoEError as error:
+            bad.append(str(error))
+    if bad:
+        more = [f"and {len(bad) - _MAX_SAID} more"] if len(bad) > _MAX_SAID else []
+        raise FedCoEError("; ".join(bad[:_MAX_SAID] + more))
+    return found
+
+
 def _items(folder: Path, root: Path) -> list[_Item]:
     files = list(walk_images(folder, root, depth=1))
     if not files:
@@ -135,13 +153,14 @@ def _items(folder: Path, root: Path) -> list[_Item]:
     ]
 
 
-def _ignored(entry: Path) -> bool:
+def ignored(entry: Path) -> bool:
+    """What may lie among images without being one: hidden files and notes."""
     return entry.name.startswith(".") or entry.suffix.lower() in _IGNORED
 
 
 def walk_images(folder: Path, root: Path, depth: int) -> Iterator[Path]:
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if _ignored(entry):
+        if ignored(entry):
             continue
         if not entry.name.isprintable():
             raise FedCoEError(f"{folder}: holds {entry.name!r}; rename it to printable text")
@@ -215,7 +234,9 @@ def read_pixels(paths: Sequence[Path], size: tuple[int, int], mode: str) -> NDAr
     except ValueError as error:
         raise FedCoEError(f"{paths[0].parent}: {len(paths)} images: {error}") from None
     pixels = np.empty(shape, dtype=np.uint8)
-    for row, path in enumerate(paths):
+    rows = iter(pixels)
+
+    def decode(path: Path) -> None:
         with _open(path) as image:
             try:
                 image = image.convert(mode)
@@ -223,7 +244,9 @@ def read_pixels(paths: Sequence[Path], size: tuple[int, int], mode: str) -> NDAr
                 raise _unreadable(path, error) from None
             if image.size != size:
                 image = image.resize(size, Image.Resampling.BILINEAR)
-            pixels[row] = np.asarray(image).reshape(pixels.shape[1:])
+            next(rows)[:] = np.asarray(image).reshape(pixels.shape[1:])
+
+    _each(paths, decode)
     return pixels
 
 

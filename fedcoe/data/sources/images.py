@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcoe.data.sources.arrays import as_images
-from fedcoe.data.sources.folder import read_header, read_pixels
+from fedcoe.data.sources.folder import ignored, read_header, read_pixels
 from fedcoe.data.untrusted import one_line, read_npz
 from fedcoe.errors import FedCoEError
 
@@ -32,7 +32,7 @@ def read_images(path: Path, shape: tuple[int, int, int]) -> tuple[list[str], NDA
             raise FedCoEError(f"{path}: {one_line(error)}") from None
         return [str(row) for row in range(len(pixels))], pixels
     if path.is_dir():
-        files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
+        files = sorted(f for f in path.rglob("*") if f.is_file() and not ignored(f))
         root = path.resolve()
         for file in files:
             if not str(file.relative_to(path)).isprintable():
