@@ -78,6 +78,10 @@ def main() -> None:
                 f"Prefect's server does not answer at {url}: finished rounds are kept; start it, "
                 "or unset PREFECT_API_URL, and run the same command again"
             )
+        elif type(error.__cause__).__name__ == "_RemoteTraceback":
+            # A bug, in a worker process: of the way there nothing is of interest.
+            typer.echo(str(error.__cause__).strip('"\n'), err=True)
+            code = 1
         else:
             raise
     if PREFECT_GONE.is_set():
@@ -527,9 +531,12 @@ def _leave(code: int = 130) -> None:
     os._exit(code)
 
 
+ENGINES = ("prefect.flow_runs", "prefect.task_runs")
+
+
 @contextmanager
 def _short_errors() -> Iterator[None]:
-    """Keep Prefect from printing tracebacks of mistakes that `main` says in one line.
+    """Keep Prefect from printing tracebacks of what `main` says, in one line or, a bug, in full.
 
     And from saying for each event, for minutes, that its server is gone.
     """
@@ -539,6 +546,11 @@ def _short_errors() -> Iterator[None]:
         said = record.getMessage()
         return not (
             isinstance(error, FedCoEError)
+            or (
+                isinstance(error, Exception)
+                and record.name in ENGINES
+                and record.levelno >= logging.ERROR
+            )
             or _of_prefect(error)
             or any(word in said for word in ("FedCoEError", "exception: Stopped:", "EventsWorker"))
             or (record.name == "prefect.events.clients" and "Unable to connect" in said)
@@ -712,7 +724,9 @@ def _print_registered(rows: list[dict[str, str]], figures: Mapping[str, str]) ->
     for column in table.columns[:-1]:
         column.no_wrap = True
     for row in rows:
-        shown = [row["name"], row["version"], row["aliases"].replace(", ", "\n")]
+        # What `export --version` and `join --version` mean is the mixture's.
+        of = "" if row["mixture"] in ("", row["version"]) else f" of {row['mixture']}"
+        shown = [row["name"], row["version"] + of, row["aliases"].replace(", ", "\n")]
         for key in figures:
             value = row.get(key, "")
             if value and (key == "load" or key.startswith("accuracy")):

@@ -19,7 +19,8 @@ def use_default_stores(root: Path) -> None:
 
 
 def registered_experts() -> Sequence[dict[str, str]]:
-    """Every registered version as a flat row: name, version, aliases, figures; newest first."""
+    """Every registered version as a flat row: name, version, that of the mixture it is part of,
+    aliases, figures; newest first."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
@@ -38,6 +39,8 @@ def registered_experts() -> Sequence[dict[str, str]]:
                 }
                 | dict(version.tags)
             )
+    mixtures = {row["run_id"]: row["version"] for row in rows if row["name"] == "fedcoe"}
+    rows = [row | {"mixture": mixtures.get(row["run_id"], "")} for row in rows]
     return sorted(rows, key=lambda row: (row["name"], -int(row["version"])))
 
 

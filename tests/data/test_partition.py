@@ -381,7 +381,9 @@ def test_natural_partition_of_data_without_clients_says_how_to_give_them():
 
 def test_natural_clients_below_the_minimum_are_named_and_nothing_is_left_out():
     ids = np.array(["ann"] * 3985 + ["bob"] * 8 + ["cy"] * 7)
-    with pytest.raises(FedCoEError, match=r"training images: bob \(8\), cy \(7\); set it to 7, or merge"):
+    with pytest.raises(
+        FedCoEError, match=r"training images: bob \(8\), cy \(7\); set it to 7, or merge"
+    ):
         draw(scheme="natural", client_train=ids)
     assert sorted(np.bincount(draw(scheme="natural", client_train=ids, min_samples=7).client)) == [
         7,

@@ -1,5 +1,6 @@
 """The `fedcoe` command: help, one-line errors, exit codes, JSON."""
 
+import io
 import json
 import re
 import shutil
@@ -270,6 +271,37 @@ def test_a_method_by_name_says_which_switches_it_takes_from_params_yaml(bare: Pa
     assert check_method(bare, ["method.name=fedavg", *off]) == []
     # A profile is written for FedCoE; what another method does not have is left out.
     assert check_method(bare, ["method.name=fedavg", *off], ["method.branch_after=5"]) == []
+
+
+def test_a_bug_in_a_worker_is_one_traceback_and_prefects_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import logging
+    from concurrent.futures.process import _RemoteTraceback
+
+    from flows import cli
+
+    error = ZeroDivisionError("division by zero")
+    there = 'File "mine.py", line 3, in fits\nZeroDivisionError: division by zero'
+    error.__cause__ = _RemoteTraceback(f'\n"""\n{there}\n"""')
+    logger, logged = logging.getLogger("prefect.task_runs"), io.StringIO()
+
+    def train() -> None:
+        with cli._short_errors():
+            logger.error("it failed", exc_info=error)
+            logger.warning("it will be tried again", exc_info=error)
+        raise error
+
+    monkeypatch.setattr(cli, "app", train)
+    handler = logging.StreamHandler(logged)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("prefect"), "propagate", True)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 1
+    assert capsys.readouterr().err.endswith(f"{there}\n")
+    assert "it failed" not in logged.getvalue() and "tried again" in logged.getvalue()
 
 
 def test_data_that_params_yaml_does_not_name_is_trained_on_and_named(

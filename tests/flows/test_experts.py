@@ -67,7 +67,12 @@ def test_names_and_figures_of_the_list_are_whole_at_any_width(
 
     from flows.cli import app
 
-    row = {"version": "12", "aliases": "candidate, champion", "accuracy_global": "0.7444"}
+    row = {
+        "version": "12",
+        "mixture": "12",
+        "aliases": "candidate, champion",
+        "accuracy_global": "0.7444",
+    }
     mixture = row | {"accuracy_personalized": "0.9", "accuracy_cold_none": "0.7"}
     mixture |= {"name": "fedcoe", "accuracy_cold_unlabelled": "1.0", "dataset": "mnist5k"}
     expert = row | {"name": "fedcoe-expert-1", "accuracy": "0.5", "load": "0.25", "clients": "10"}

@@ -256,6 +256,24 @@ def test_a_version_for_other_images_is_not_compared(
         grade_model.fn(tmp_path / "other", "2")
 
 
+def test_an_expert_whose_number_is_not_its_mixtures_says_whose_it_is(
+    trained_twice: Path, registry: Any, fedcoe_command: Callable[..., Any], tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    # As after a training of one expert between two of more.
+    [first, second] = [registry.get_model_version("fedcoe", v).run_id for v in ("1", "2")]
+    source = registry.get_model_version("fedcoe-expert-1", "2").source
+    MlflowClient().create_model_version("fedcoe-expert-2", source, second)
+    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    rows = json.loads(fedcoe_command(trained_twice, "experts", "--json", **environment).stdout)
+    found = {(row["name"], row["version"]): row["mixture"] for row in rows}
+    assert found["fedcoe-expert-2", "1"] == "1" and found["fedcoe-expert-2", "2"] == "2"
+    MlflowClient().create_model_version("fedcoe-expert-2", source, first)
+    table = fedcoe_command(trained_twice, "experts", **environment).stdout
+    assert "3 of 1" in table
+
+
 def test_both_aliases_of_a_version_are_listed(
     trained_twice: Path,
     registry: Any,
