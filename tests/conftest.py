@@ -188,29 +188,49 @@ class Outcome:
 
 
 @pytest.fixture
-def two_rounds(world, train, tmp_path: Path) -> Iterator[Callable[..., Outcome]]:
-    """two_rounds(method, vectorized=False, device="cpu"): train, evaluate and serve new clients."""
+def on_engine(world, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
+    """on_engine(method, vectorized=False, device="cpu"): one process, the real model's build."""
     with ExitStack() as stack:
         made: list[Engine] = []
 
-        def run(method: Method, vectorized: bool = False, device: str = "cpu") -> Outcome:
+        def make(method: Method, vectorized: bool = False, device: str = "cpu") -> Engine:
             site = Site(
                 world.folder / "data",
                 world.folder / "partitions",
                 tmp_path / f"own-{len(made)}",
-                "gn_cnn",
+                method.federation.settings.model.name,
                 vectorized=vectorized,
                 devices=(device,),
                 build=method.build,
             )
             made.append(stack.enter_context(Engine(site, 1)))
-            engine = made[-1]
-            state = train(engine, method, 2)
-            clients = engine.run(score_clients, method, state, range(6))
-            overall = engine.run(score_global, method, state, np.arange(48))
-            labels = np.asarray(world.dataset.y_test)
-            state, evaluation = evaluate(method, state, clients, overall, labels)
-            served = engine.run(serve_clients, method, state, [6, 7])
-            return Outcome(state, evaluation, summary(served))
+            return made[-1]
 
-        yield run
+        yield make
+
+
+@pytest.fixture
+def one_round(on_engine, train) -> Callable[..., ServerState]:
+    """one_round(method, vectorized=False): the state after it, the gate updated."""
+
+    def run(method: Method, vectorized: bool = False) -> ServerState:
+        return train(on_engine(method, vectorized), method, 1)
+
+    return run
+
+
+@pytest.fixture
+def two_rounds(world, train, on_engine) -> Callable[..., Outcome]:
+    """two_rounds(method, vectorized=False, device="cpu"): train, evaluate and serve new clients."""
+
+    def run(method: Method, vectorized: bool = False, device: str = "cpu") -> Outcome:
+        engine = on_engine(method, vectorized, device)
+        state = train(engine, method, 2)
+        clients = engine.run(score_clients, method, state, range(6))
+        overall = engine.run(score_global, method, state, np.arange(48))
+        labels = np.asarray(world.dataset.y_test)
+        state, evaluation = evaluate(method, state, clients, overall, labels)
+        served = engine.run(serve_clients, method, state, [6, 7])
+        return Outcome(state, evaluation, summary(served))
+
+    return run

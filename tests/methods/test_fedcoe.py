@@ -10,6 +10,7 @@ from fedcoe.cold_start import predict_labels, predict_unlabelled
 from fedcoe.errors import FedCoEError
 from fedcoe.evaluate import evaluate, score_clients, score_global
 from fedcoe.methods.base import Order, Scores
+from fedcoe.methods.settings import method_class
 from fedcoe.prediction import sample_losses
 from fedcoe.rounds import finetune, gate_clients, plan_round, train_round, update_gate
 from fedcoe.streams import stream
@@ -619,3 +620,24 @@ def test_with_one_expert_and_no_switch_it_predicts_as_fedavg_does(make_method, e
         ):
             expected = predict(fedavg, theirs, scores, *more)
             np.testing.assert_allclose(predict(method, state, ours, *more), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("fedavg", {}),
+        ("fedcoe", {"experts": 1}),
+        ("fedcoe", {"experts": 2}),
+        ("fedcoe", {"experts": 3, "experts_per_client": 2}),
+    ],
+    ids=["fedavg", "M=1", "M=2", "M=3 K=2"],
+)
+def test_a_round_on_the_vectorized_engine_is_the_sequential_one_to_1e_5(
+    make_federation, one_round, name, own
+):
+    changes = {"model": {"name": "cnn4"}, "evaluate": {"every": 1}}
+    method = method_class(name)(make_federation(method={"name": name, **own}, **changes))
+    ours, theirs = (one_round(method, vectorized=v) for v in (False, True))
+    assert np.abs(ours.experts - method.init().experts).max() > 1e-3
+    np.testing.assert_allclose(theirs.experts, ours.experts, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(theirs.correlation, ours.correlation, rtol=1e-4)
