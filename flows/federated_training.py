@@ -194,6 +194,8 @@ def _train(
         if notes is not None and (due or state.round == method.trunk_rounds):
             keep_trunk(run, state, history)
         tracking.log_metrics(row, state.round)
+        if due:
+            tracking.log_evaluation(evaluation)
         report_progress("round", **row)
     stop_if_asked(state.round, settings.train.rounds)
     # A run killed between its last checkpoint and its results evaluates the last state again.

@@ -42,6 +42,7 @@ from tasks.delivery import (
     probe,
     within,
 )
+from tasks.files import write_csv
 from tasks.machine import Machine
 from tasks.model_card import Lineage, card, expert_tags
 from tasks.outbox import Outbox, outboxes
@@ -133,6 +134,18 @@ class Tracking:
                 figure.savefig(folder / f"{name}.png")
 
         self._log_files("figures", draw, to="figures")
+
+    def log_evaluation(self, evaluation: Evaluation) -> None:
+        """Keep an evaluation's tables with the run: by client its correlation with the experts and
+        their accuracies, by expert its load."""
+
+        def write(folder: Path) -> None:
+            folder.mkdir()
+            write_csv(folder / "clients.csv", evaluation.clients)
+            write_csv(folder / "experts.csv", evaluation.experts)
+
+        name = f"round-{evaluation.round:06d}"
+        self._log_files(name, write, to=f"evaluations/{name}")
 
     def log_folder(self, folder: Path) -> None:
         """Keep the files of a folder, but not of folders in it, with the run."""

@@ -30,6 +30,17 @@ def test_the_run_names_data_partition_commit_and_settings(project: Path, stores:
     assert run.info.status == "FINISHED"
 
 
+def test_each_evaluation_leaves_its_tables_with_correlations_and_loads(
+    project: Path, stores: Any, tmp_path: Path
+) -> None:
+    run = the_run(stores).info.run_id
+    rounds = [Path(file.path).name for file in stores.list_artifacts(run, "evaluations")]
+    assert rounds == ["round-000002", "round-000003"]
+    folder = Path(stores.download_artifacts(run, "evaluations/round-000003", str(tmp_path)))
+    for name in ("clients.csv", "experts.csv"):
+        assert (folder / name).read_bytes() == (project / "plots" / name).read_bytes()
+
+
 def test_runs_are_found_by_method_data_and_skew_and_name_their_data(
     project: Path, stores: Any
 ) -> None:
