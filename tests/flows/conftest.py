@@ -27,6 +27,8 @@ method: {name: fedcoe, experts: 2, experts_per_client: 1, balanced_softmax: true
 train: {rounds: 3, batch_size: 50, lr: 0.05, seed: 0}
 evaluate: {every: 2}
 cold_start: {em_steps: 10, few_shot_epochs: 1}
+faults: {dropout: 0.0}
+privacy: {epsilon: 0.0}
 runtime: {workers: 1, precision: fp32}
 """
 OUTPUTS = ("models", "metrics", "plots")

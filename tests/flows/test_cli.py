@@ -78,7 +78,7 @@ def bare(tmp_path: Path, project: Path) -> Path:
         (("predict", "nowhere"), ("models",)),
         (("predict", "x", "--mode", "magic"), ("magic", "unlabelled")),
         (("stage", "evaluate"), ("models", "dvc repro")),
-        (("report",), ("partitions/manifest.json", "dvc repro")),
+        (("report",), ("models/state.json", "dvc repro")),
     ],
 )
 def test_mistakes_are_one_line_that_says_what_where_and_what_to_do(

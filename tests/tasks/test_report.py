@@ -170,7 +170,7 @@ def test_report_opens_in_a_browser_without_errors_or_sideways_scrolling(
     assert int(found["WIDTH"]) <= int(found["OF"]) <= 375
     assert found["SVGS"] == "5"  # the learning curves stand there twice, for wide and narrow
     assert found["TABLES"] == found["CAPTIONS"] == "6"
-    assert int(found["BUTTONS"]) == 7 + 8
+    assert int(found["BUTTONS"]) == 8 + 9
 
 
 def test_the_footing_is_that_of_files_and_knows_faults_and_privacy() -> None:
