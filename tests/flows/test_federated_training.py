@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,19 @@ def test_two_workers_and_another_folder_give_the_same_bytes(
     ours = contents(project)
     assert ours.keys() == trained.keys()
     assert [name for name in ours if ours[name] != trained[name]] == []
+
+
+def test_a_stage_serves_as_params_yaml_says_now(project: Path, tmp_path: Path) -> None:
+    from flows.pipeline import evaluate_cold_start
+
+    root = Path(shutil.copytree(project, tmp_path / "project"))
+    before = json.loads((root / "metrics/cold_start.json").read_text())
+    text = (root / "params.yaml").read_text()
+    assert "few_shot" in before and "few_shot_epochs: 1" in text
+    (root / "params.yaml").write_text(text.replace("few_shot_epochs: 1", "few_shot_epochs: 0"))
+    evaluate_cold_start(root)
+    after = json.loads((root / "metrics/cold_start.json").read_text())
+    assert after == {mode: of for mode, of in before.items() if mode != "few_shot"}
 
 
 def test_another_seed_gives_other_models(
