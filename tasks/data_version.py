@@ -17,7 +17,8 @@ from tasks.locks import locked
 def fetch_data(root: Path) -> str:
     """Pull from the DVC remote, or check out from the cache where there is none.
 
-    Waits for runs on the pool that read the data. Without a DVC project it stays what it is.
+    Waits for whatever reads the data: trainings, comparisons and searches. Without a DVC project it
+    stays what it is.
 
     Returns:
         The data's hash.

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int) -> tuple[list[dict[str, 
             gpus = devices()
             ours = prefect.service is not None
             created = _pool(client, len(gpus), ours=ours)
-            if ours and not _others(root):
+            if ours and not _others(root) and not _alive(client):
                 # Of a machine or workers that went down: they would fill the pool for ever.
                 _crash(client, "lost with the worker that ran it", POOL)
             workers = {name: _worker(root, name, gpus[name], environment) for name in gpus}
@@ -226,6 +227,12 @@ def _worker(root: Path, name: str, gpu: str, environment: Mapping[str, str]) -> 
     words += ["--limit", "1", "--no-create-pool-if-not-found"]
     command = [sys.executable, "-m", "prefect", *words]
     return start(root, name, command, {**environment, "CUDA_VISIBLE_DEVICES": gpu}), "started"
+
+
+def _alive(client: "SyncPrefectClient") -> bool:
+    """Whether any worker of the pool, of another clone too, was heard of in the last minute."""
+    beats = [w.last_heartbeat_time for w in client.read_workers_for_work_pool(POOL)]
+    return any(beat is not None and beat.timestamp() > time.time() - 60 for beat in beats)
 
 
 def _online(client: "SyncPrefectClient", name: str, worker: Service) -> bool:

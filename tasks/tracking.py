@@ -457,7 +457,9 @@ def register_models(
 
 def _copy_models(models: Path, target: Path) -> None:
     """What versions are made of, and the code that serves them; no client's personal expert."""
-    shutil.copytree(models / "experts", target / "experts")
+    (target / "experts").mkdir(parents=True)
+    for path in sorted((models / "experts").iterdir()):  # copytree's error would not say of what
+        shutil.copyfile(path, target / "experts" / path.name)
     for path in (models / "state.json", models / "gate.safetensors", MODEL_CODE):
         if path.exists():
             shutil.copyfile(path, target / path.name)

@@ -33,7 +33,7 @@ from fedcoe.engine.pool import ClientSide
 from fedcoe.engine.trainer import Fit, Trainer
 from fedcoe.exact_sum import ExactSum
 from fedcoe.methods.base import GateMessage, LocalResult, Method, Order, Scores
-from fedcoe.methods.settings import PREDICTION, MethodSettings
+from fedcoe.methods.settings import PREDICTION, MethodSettings, described
 from fedcoe.models.flat import Vector
 from fedcoe.prediction import Log
 from fedcoe.privacy import Messages
@@ -46,9 +46,9 @@ SKETCH = 64
 
 class FedCoESettings(MethodSettings):
     name: Literal["fedcoe"] = "fedcoe"
-    balanced_softmax: bool = Field(True, description="As above; here it is on")
-    server_momentum: float = Field(0.7, ge=0.0, lt=1.0, description="As above, of each expert")
-    reweighting: bool = Field(True, description="As above; here it is on")
+    balanced_softmax: bool = Field(True, description=described("balanced_softmax"))
+    server_momentum: float = Field(0.7, ge=0.0, lt=1.0, description=described("server_momentum"))
+    reweighting: bool = Field(True, description=described("reweighting"))
     experts: int = Field(4, ge=1, le=64, description="M, global experts")
     experts_per_client: int = Field(1, ge=1, le=64, description="K, experts a client trains")
     similarity: Literal["labels", "features", "updates", "none"] = Field(
@@ -95,7 +95,7 @@ class FedCoESettings(MethodSettings):
     gate_epochs: int = Field(1, ge=1, le=100, description="Local epochs of the neural gate")
     gate_lr: float = Field(0.1, gt=0.0, le=10.0, description="Learning rate of the neural gate")
     load_balance: float = Field(0.1, ge=0.0, le=100.0, description="Neural gate's balance term")
-    coordination_head: bool = Field(True, description="As above; here it is on")
+    coordination_head: bool = Field(True, description=described("coordination_head"))
     personal_expert: bool = Field(
         True, description="Each client also keeps an expert of its own, which nobody else sees"
     )

@@ -86,6 +86,11 @@ class MethodSettings(BaseModel):
     )
 
 
+def described(name: str) -> str:
+    """What a switch is, for methods that have another default."""
+    return MethodSettings.model_fields[name].description or ""
+
+
 SWITCHES = (
     "balanced_softmax",
     "server_momentum",

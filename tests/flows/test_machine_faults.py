@@ -113,18 +113,16 @@ def test_a_disk_too_full_for_the_registrys_copy_ends_the_run_which_registers_whe
 ) -> None:
     from mlflow import MlflowClient
 
-    from tasks.outbox import Outbox
+    root, really = new_project(), shutil.copyfile
 
-    root, really = new_project(), Outbox.keep
-
-    def keep(box: Outbox, name: str, write: Callable[[Path], object]) -> str:
-        if name == "models":
-            raise OSError(errno.ENOSPC, "No space left on device", str(root / "models"))
-        return really(box, name, write)
+    def copy(source: Path, target: Path) -> Path:
+        if target.name == "expert-1.safetensors" and ".fedcoe" in target.parts:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return Path(really(source, target))
 
     with monkeypatch.context() as full:
-        full.setattr(Outbox, "keep", keep)
-        with pytest.raises(FedCoEError, match=r"models: cannot be written: No space left"):
+        full.setattr("tasks.tracking.shutil.copyfile", copy)
+        with pytest.raises(FedCoEError, match=r"expert-1.safetensors: cannot be written: No space"):
             run_training(root)
     stores = MlflowClient(f"sqlite:///{root}/.fedcoe/mlflow.db")
     assert stores.search_registered_models() == []

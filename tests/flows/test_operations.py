@@ -293,13 +293,17 @@ def test_the_second_of_two_equal_runs_waits_and_a_killed_holder_lets_go(tmp_path
         waiting.join()
 
 
-def test_what_went_down_with_its_worker_does_not_fill_the_pool_for_ever(prefect_api: str) -> None:
+def test_what_went_down_with_its_worker_does_not_fill_the_pool_for_ever(
+    prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from prefect import flow
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.states import Running
 
-    from tasks.services import _crash
+    from tasks.services import _alive, _crash
+
+    monkeypatch.setattr("tasks.services.POOL", "lost-pool")
 
     @flow
     def nothing() -> None: ...
@@ -312,6 +316,11 @@ def test_what_went_down_with_its_worker_does_not_fill_the_pool_for_ever(prefect_
         by_hand = client.create_flow_run(nothing, state=Running())
         _crash(client, "lost with the worker that ran it", "lost-pool")
         lost, by_hand = (client.read_flow_run(run.id) for run in (lost, by_hand))
+        assert not _alive(client)
+        beat = {"name": "another clone's", "heartbeat_interval_seconds": 30}
+        answer = client._client.post("/work_pools/lost-pool/workers/heartbeat", json=beat)
+        answer.raise_for_status()
+        assert _alive(client)  # then nothing is taken for lost
     assert lost.state.is_crashed() and "lost with the worker" in lost.state.message
     assert by_hand.state.is_running()
 
