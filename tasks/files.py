@@ -65,8 +65,13 @@ def write_evaluation(root: Path, method: Method, data: ClientData, evaluation: E
     shared = footing(settings.model_dump(mode="json"), *prints)
     figures = evaluation_figures(settings, evaluation) | {"footing": shared}
     write_json(root / "metrics" / "evaluate.json", figures)
-    write_csv(root / "plots" / "clients.csv", evaluation.clients)
-    write_csv(root / "plots" / "experts.csv", evaluation.experts)
+    write_tables(root / "plots", evaluation)
+
+
+def write_tables(folder: Path, evaluation: Evaluation) -> None:
+    """Write `clients.csv` and `experts.csv`."""
+    write_csv(folder / "clients.csv", evaluation.clients)
+    write_csv(folder / "experts.csv", evaluation.experts)
 
 
 def write_cold_start(root: Path, data: ClientData, clients: Sequence[NewClient]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from fedcoe.errors import FedCoEError, disk_fault
@@ -48,13 +48,13 @@ def replacing_data(root: Path) -> Iterator[None]:
     Raises:
         FedCoEError: something trains on it.
     """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(root, "data", "", wait=False))
-        except BlockingIOError:
-            raise FedCoEError(
-                f"{root / 'data'}: a training reads it; fetch again when that has ended"
-            ) from None
+    try:
+        lock = Lock(_path(root, "data"), wait=False)
+    except BlockingIOError:
+        raise FedCoEError(
+            f"{root / 'data'}: a training reads it; fetch again when that has ended"
+        ) from None
+    with lock:
         yield
 
 

@@ -78,7 +78,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int) -> tuple[list[dict[str, 
             gpus = devices()
             ours = prefect.service is not None
             created = _pool(client, len(gpus), ours=ours)
-            if ours and not _others(root) and not _alive(client):
+            if ours and not _running(root)[1] and not _alive(client):
                 # Of a machine or workers that went down: they would fill the pool for ever.
                 _crash(client, "lost with the worker that ran it", POOL)
             workers = {name: _worker(root, name, gpus[name], environment) for name in gpus}
@@ -98,7 +98,7 @@ def down(root: Path) -> int:
     root = root.resolve()
     with locked(root, "services", WAITING):
         services = recorded(root)
-        serving, others = _serving(root), _others(root)
+        serving, others = _running(root)
         stopped = serving | others
         stop(others)
         if "prefect" in services:
@@ -207,17 +207,12 @@ def _pool(client: "SyncPrefectClient", slots: int, ours: bool) -> bool:
     return False
 
 
-def _serving(root: Path) -> set[psutil.Process]:
-    """The servers that `up` started, and their children."""
-    services = recorded(root)
+def _running(root: Path) -> tuple[set[psutil.Process], set[psutil.Process]]:
+    """The servers that `up` started, with their children; and workers, with what they run."""
+    services, found = recorded(root), set(marked(root))
     servers = [services[name].process for name in SERVERS if name in services]
-    return {p for server in servers if server for p in with_children(server)}
-
-
-def _others(root: Path) -> set[psutil.Process]:
-    """Workers, and what they run."""
-    started = {s.process for s in recorded(root).values() if s.process}
-    return (started | set(marked(root))) - _serving(root)
+    serving = {p for server in servers if server for p in with_children(server)}
+    return serving, ({s.process for s in services.values() if s.process} | found) - serving
 
 
 def _worker(root: Path, name: str, gpu: str, environment: Mapping[str, str]) -> tuple[Service, str]:
@@ -231,16 +226,19 @@ def _worker(root: Path, name: str, gpu: str, environment: Mapping[str, str]) -> 
 
 def _alive(client: "SyncPrefectClient") -> bool:
     """Whether any worker of the pool, of another clone too, was heard of in the last minute."""
-    beats = [w.last_heartbeat_time for w in client.read_workers_for_work_pool(POOL)]
-    return any(beat is not None and beat.timestamp() > time.time() - 60 for beat in beats)
+    return _heard(client) > time.time() - 60
 
 
 def _online(client: "SyncPrefectClient", name: str, worker: Service) -> bool:
     """Whether it was heard of since it started: one that was killed stays `online` for a while."""
-    beats = [
-        w.last_heartbeat_time for w in client.read_workers_for_work_pool(POOL) if w.name == name
-    ]
-    return any(beat is not None and beat.timestamp() >= worker.started - 1 for beat in beats)
+    return _heard(client, name) >= worker.started - 1
+
+
+def _heard(client: "SyncPrefectClient", name: str | None = None) -> float:
+    """When this worker of the pool, or any, was last heard of; 0 for never."""
+    workers = client.read_workers_for_work_pool(POOL)
+    beats = [w.last_heartbeat_time for w in workers if name in (None, w.name)]
+    return max((beat.timestamp() for beat in beats if beat is not None), default=0.0)
 
 
 def _deploy(

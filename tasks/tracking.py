@@ -42,7 +42,7 @@ from tasks.delivery import (
     probe,
     within,
 )
-from tasks.files import write_csv
+from tasks.files import write_tables
 from tasks.machine import Machine
 from tasks.model_card import Lineage, card, expert_tags
 from tasks.outbox import Outbox, outboxes
@@ -141,8 +141,7 @@ class Tracking:
 
         def write(folder: Path) -> None:
             folder.mkdir()
-            write_csv(folder / "clients.csv", evaluation.clients)
-            write_csv(folder / "experts.csv", evaluation.experts)
+            write_tables(folder, evaluation)
 
         name = f"round-{evaluation.round:06d}"
         self._log_files(name, write, to=f"evaluations/{name}")

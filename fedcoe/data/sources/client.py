@@ -66,15 +66,16 @@ def _folder(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> 
                     f"{path / Path(*top)}: lies deeper than one sub-folder a class; "
                     "name the folder of one client"
                 )
-            if top[0] not in classes and (known := spelled.get(top[0].lower())):
+            if top[0] in classes:
+                continue
+            if known := spelled.get(top[0].lower()):
                 raise FedCoEError(
                     f"{path / top[0]}: is spelled {known} in the model; rename the folder"
                 )
-            if top[0] not in classes:
-                raise FedCoEError(
-                    f"{path / Path(*top)}: is no class of the model ({_few(classes)}); "
-                    "images without labels lie flat in the folder"
-                )
+            raise FedCoEError(
+                f"{path / top[0]}: is no class of the model ({_few(classes)}); "
+                "images without labels lie flat in the folder"
+            )
     for file in files:
         read_header(file)
     height, width, channels = shape
