@@ -76,6 +76,13 @@ class FedCoESettings(MethodSettings):
     aggregation: Literal["correlation", "uniform"] = Field(
         "correlation", description="Whether correlation weighs updates, beside sample counts"
     )
+    mu: float = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        description="Pull of a client's experts to the ones it received, as FedProx's",
+        exclude_if=lambda value: value == 0,
+    )
     gate: Literal["analytic", "neural", "frozen_random", "uniform"] = Field(
         "analytic", description="frozen_random and uniform are for ablation"
     )
@@ -368,6 +375,8 @@ class FedCoE(Method):
     def fits(self, side: ClientSide, state: ServerState, order: Order) -> list[Fit]:
         s, client = self.settings, order.client
         fits = super().fits(side, state, order)
+        if s.mu:
+            fits = [replace(fit, anchor=fit.start, pull=s.mu) for fit in fits]
         if s.responsibility == "posterior" and len(order.experts) > 1:
             r = self._responsibilities(side, state, order)
             fits = [replace(fit, sample_weights=r[:, i]) for i, fit in enumerate(fits)]
