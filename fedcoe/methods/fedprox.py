@@ -30,6 +30,7 @@ class FedProxSettings(MethodSettings):
 
 class FedProx(Method):
     Settings = FedProxSettings
+    is_fedavg = True
     private = True
     settings: FedProxSettings
 
