@@ -131,13 +131,13 @@ def fetch(
     with err.status(f"building {name or from_path}"), replacing_data(root):
         result = build(name, from_path, root / "data", root / ".fedcoe" / "downloads")
     for note in result.notes:
-        err.print(f"note: {note}", highlight=False)
+        err.print(f"note: {escape(note)}", highlight=False)
     height, width, channels = result.info.shape
     if clients := result.info.clients:
         err.print("note: partition.scheme: natural deals by its own clients", highlight=False)
     out.print(
-        f"{result.info.name}: {result.info.train:,} training and {result.info.test:,} test images "
-        f"of {height}x{width}x{channels}, {len(result.info.classes)} classes"
+        f"{escape(result.info.name)}: {result.info.train:,} training and {result.info.test:,} test "
+        f"images of {height}x{width}x{channels}, {len(result.info.classes)} classes"
         + (f", {len(clients)} clients of its own" if clients else "")
         + ("" if result.changed else " (already there)"),
         highlight=False,
@@ -746,7 +746,7 @@ def release(
     root: Root = Path("."),
     as_json: AsJson = False,
 ) -> None:
-    """Compare the candidate with the champion; promote it if it is better and nowhere worse."""
+    """Compare the candidate with the champion; promote it if measurably better, nowhere worse."""
     from flows.release import release as judge
 
     with _short_errors():
@@ -883,7 +883,7 @@ def predict(
         return
     table = Table(Column("image", overflow="fold"), "class", "probability", box=None)
     for row in rows:
-        table.add_row(row["image"], row["class"], f"{row['p']:.3f}")
+        table.add_row(escape(row["image"]), escape(row["class"]), f"{row['p']:.3f}")
     out.print(table)
 
 
@@ -933,7 +933,7 @@ def join(
     out.print(table)
     table = Table("class", "estimated share", "predicted", "counted", box=None)
     for row in joined.class_rows(federation.class_names):
-        table.add_row(*("" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
+        table.add_row(*("" if v is None else f"{v:.3f}" if isinstance(v, float) else escape(str(v))
                         for v in row.values()))  # fmt: skip
     out.print(table)
     if joined.modes:

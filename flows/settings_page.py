@@ -19,6 +19,8 @@ def settings_page() -> str:
         "keys that only another method has may stay in the section `method` and change nothing.\n"
         "`fedcoe train -S section.key=value` changes one for a run, and so does `dvc exp run -S`, "
         "which wants `-S +section.key=value` for a key that is not in the file.\n"
+        "*Default*: what holds where the file has no such key; the committed one sets some "
+        "otherwise.\n"
         "\nThis page is made by `python -m flows.settings_page > docs/settings.md`.\n"
     ]
     for section, field in Settings.model_fields.items():

@@ -8,6 +8,7 @@ MLflow's stores.
 import http.client
 import json
 import os
+import re
 import ssl
 import tempfile
 import threading
@@ -88,6 +89,11 @@ def patience(store: str) -> Patience:
     return _patience.setdefault(store, Patience())
 
 
+def masked(uri: str) -> str:
+    """An address without a name and password in it, for logs and the terminal."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 def probe(store: str) -> None:
     """Ask a server whether it is there; what is no server always is.
 
@@ -97,14 +103,14 @@ def probe(store: str) -> None:
     if not store.startswith(("http://", "https://")):
         return
     try:
-        urllib.request.urlopen(f"{store.rstrip('/')}/health", timeout=PROBE).close()
+        urllib.request.urlopen(f"{masked(store).rstrip('/')}/health", timeout=PROBE).close()
     except urllib.error.HTTPError:
         return  # it answers; what it wants, the request itself will say
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLError):
             return  # it answers; MLflow has settings of its own for what to trust
-        raise OutOfReachError(f"{store} does not answer ({reason})") from None
+        raise OutOfReachError(f"{masked(store)} does not answer ({reason})") from None
 
 
 def deliver(

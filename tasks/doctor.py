@@ -1,10 +1,10 @@
 """What is installed, reachable and missing here, and what to do about it."""
 
+import http.client
 import importlib.metadata
 import os
 import platform
 import shutil
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from fedcoe.config import load_settings
 from fedcoe.data.dataset import verify_dataset
 from fedcoe.data.partition import load_partition
 from fedcoe.errors import FedCoEError
+from tasks.delivery import masked
 
 PACKAGES = ("torch", "torchvision", "prefect", "mlflow", "dvc", "optuna")
 Finding = dict[str, str]
@@ -113,8 +114,9 @@ def _disk(root: Path) -> Finding:
 def _server(name: str, url: str | None, health: str) -> Finding:
     if not url or not url.startswith("http"):
         return _finding("ok", name, f"embedded ({url or 'no server set'})")
+    url = masked(url)
     try:
         with urllib.request.urlopen(url.rstrip("/") + health, timeout=3) as answer:
             return _finding("ok", name, f"{url} answers {answer.status}")
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return _finding("bad", name, f"{url} does not answer ({error}); start it or unset it")

@@ -1,6 +1,7 @@
 """What a person picks a registered model by: tags and a Markdown card with every version."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,8 +123,9 @@ def _data(lineage: Lineage) -> str:
     info, p = lineage.info, lineage.settings.partition
     skew = f", alpha {p.alpha}" if p.scheme == "dirichlet" else ""
     return (
-        f"`{info.name}` ({info.source}; licence: {info.licence}): {info.train:,} images dealt to "
-        f"{lineage.seen} clients that trained and {lineage.new} that did not ({p.scheme}{skew}); "
+        f"{_plain(info.name)} ({_plain(info.source)}; licence: {info.licence}): "
+        f"{info.train:,} images dealt to {lineage.seen} clients that trained and {lineage.new} "
+        f"that did not ({p.scheme}{skew}); "
         f"{info.test:,} test images. Classes: {_listed(info.classes)}."
     )
 
@@ -135,7 +137,7 @@ def _figures(tags: Mapping[str, str], row: Mapping[str, Any] | None) -> str:
             ("this expert alone, accuracy on the test set", _percent(tags["accuracy"])),
             ("share of the training it was given", _percent(tags["load"])),
             ("clients whose correlation is highest with it", tags["clients"]),
-            ("clients it serves best, of all experts alone", tags["serves_best"] or "none"),
+            ("clients it serves best, of all experts alone", _plain(tags["serves_best"]) or "none"),
             ("drift of its last updates", tags["drift"]),
             ("parameters", f"{int(tags['parameters']):,}"),
         ]
@@ -156,7 +158,7 @@ def _figures(tags: Mapping[str, str], row: Mapping[str, Any] | None) -> str:
     if len(ranked) > 2 * LISTED:
         note = f"\n\nThe best and the worst {LISTED} of {len(ranked)} classes."
         ranked = ranked[:LISTED] + ranked[-LISTED:]
-    rows = [(name, f"{100 * value:.1f} %") for name, value in ranked]
+    rows = [(_plain(name), f"{100 * value:.1f} %") for name, value in ranked]
     return f"{table}\n\n{_table(('class', 'accuracy alone'), rows)}{note}"
 
 
@@ -215,7 +217,12 @@ def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 2 * LISTED} more" * (len(names) > 2 * LISTED)
-    return ", ".join(names[: 2 * LISTED]) + more
+    return ", ".join(map(_plain, names[: 2 * LISTED])) + more
+
+
+def _plain(name: str) -> str:
+    """A name that data brought along, as text: no image, link or heading comes out of it."""
+    return re.sub(r"([\\`*_\[\]<>!#~])", r"\\\1", name)
 
 
 def _percent(value: str) -> str:

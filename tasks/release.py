@@ -5,6 +5,7 @@ The aliases `candidate` and `champion` of `fedcoe`, its gate and its experts alw
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,9 +128,13 @@ def _alone() -> Iterator[None]:
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///")).with_suffix(".release-lock")
     else:
-        # A store elsewhere: this excludes other processes here, not other machines.
-        name = hashlib.sha256(uri.encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"fedcoe-{name}.release-lock"
+        # A store elsewhere: this excludes one's other processes here, not other machines. The
+        # folder is one's own: nobody else can hold the lock.
+        folder = Path(tempfile.gettempdir()) / f"fedcoe-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.lstat().st_uid != os.getuid():
+            raise FedCoEError(f"{folder}: belongs to another user; remove it, or set TMPDIR")
+        path = folder / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}.release-lock"
     with Lock(path):
         yield
 

@@ -197,13 +197,14 @@ def _parse(data: bytes, known: set[str]) -> dict[str, Any]:
 def _pixels(images: Any) -> NDArray[np.uint8]:
     if not isinstance(images, list) or not images:
         raise FedCoEError("inputs must be a list of images, at least one")
-    try:
-        pixels = np.array(images)
-    except ValueError:
-        raise FedCoEError("inputs must be images of one shape; rows differ in length") from None
-    if pixels.dtype.kind not in "iu":
+    # As objects: left to choose, NumPy gives every entry the room of the longest text among them.
+    pixels = np.array(images, dtype=object)
+    kinds = set(map(type, pixels.ravel()))
+    if list in kinds:
+        raise FedCoEError("inputs must be images of one shape; rows differ in length")
+    if kinds - {int}:
         raise FedCoEError("inputs must hold integers, pixels 0 to 255, and nothing else")
-    low, high = int(pixels.min(initial=255)), int(pixels.max(initial=0))
+    low, high = pixels.min(initial=255), pixels.max(initial=0)
     if low < 0 or high > 255:
         raise FedCoEError(f"inputs hold {low if low < 0 else high}; pixels are 0 to 255")
     return pixels.astype(np.uint8)

@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     FiniteFloat,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -57,6 +58,14 @@ class DatasetInfo(BaseModel):
     source: str
     licence: str
     hash: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @field_validator("name")
+    @classmethod
+    def _one_part_of_a_path(cls, name: str) -> str:
+        # Results and checkpoints lie in folders that begin with it.
+        if "/" in name or not name.isprintable():
+            raise ValueError("must be printable text without /")
+        return name
 
     @model_validator(mode="after")
     def _one_statistic_a_channel(self) -> "DatasetInfo":

@@ -6,9 +6,9 @@ The limit of what federation can reach: as many images as FedAvg sees, with no c
         train    w on as many images as the cohort has, drawn from the pooled data of all
 
 Communicated: the clients' data, once, which is what federated learning is there to avoid; counted
-as nothing. Balanced softmax takes the label prior of the pool. Client momentum starts anew each
-round, as it does everywhere. A new client is served by the model. No client sends anything, so none
-of the simulated faults concerns it.
+as nothing, but for a coordination head's statistics. Balanced softmax takes the label prior of the
+pool. Client momentum starts anew each round, as it does everywhere. A new client is served by the
+model. No client sends anything, so none of the simulated faults concerns it.
 """
 
 from collections.abc import Sequence

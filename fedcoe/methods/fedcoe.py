@@ -3,11 +3,14 @@
 Server: M global experts, one gate, the correlation c[k,m] of clients with experts. Client: a
 personal expert. A new client is served from the pool with no training.
 
-    each round, for the cohort:
-        dispatch        K experts a client: max sum log c under equal capacity, or (`top_k`) its own
-        local train     each expert on its responsibility-weighted balanced-softmax loss,
-                        the personal expert on plain cross-entropy
+    each round, for the cohort; until round `branch_after` with one model in place of M:
+        dispatch        K experts a client: max sum log c under equal capacity, or (`top_k`) the K
+                        that suit it best
+        local train     each expert on its responsibility-weighted balanced-softmax loss
+                        + mu/2 ||theta_km - theta_m||^2
         aggregate       theta_m += eta * momentum of sum_k a[k,m] (theta_km - theta_m)
+    before an evaluation (`personal_epochs: 0`: in each round, from its own last weights):
+        personal        from the expert that suits the client best, on plain cross-entropy
     when due, with the new experts frozen:
         gate update     targets q_m(x) ~ exp(-loss of expert m / T); closed form or gradient
         correlation     c[k] ~ exp(-s * mean loss), with momentum and a floor

@@ -160,6 +160,8 @@ def test_types_order_shapes_and_ranges_are_checked(folder: Path) -> None:
 def test_the_description_is_checked_key_by_key(folder: Path) -> None:
     edit_info(folder, colour="red")
     assert "dataset.json: colour: Extra inputs" in one_line(folder)
+    edit_info(folder, name="../elsewhere")
+    assert "dataset.json: name: Value error, must be printable text without /" in one_line(folder)
     (folder / "dataset.json").write_text("{")
     assert "dataset.json: Invalid JSON" in one_line(folder)
 

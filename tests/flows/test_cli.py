@@ -161,14 +161,15 @@ def test_predict_reads_image_files_as_it_reads_arrays(project: Path, tmp_path: P
     np.savez(tmp_path / "images.npz", x=images)
     (tmp_path / "folder").mkdir()
     for i, image in enumerate(images):
-        Image.fromarray(image[..., 0]).save(tmp_path / "folder" / f"{i}.png")
+        Image.fromarray(image[..., 0]).save(tmp_path / "folder" / f"{'[red]' * (i == 2)}{i}.png")
     (tmp_path / "folder" / "notes.txt").write_text("of a scanner")
     models = ("--json", "--models", str(project / "models"))
     files, arrays = (
         json.loads(invoke("predict", str(tmp_path / name), *models).stdout)
         for name in ("folder", "images.npz")
     )
-    assert [row["image"] for row in files] == ["0.png", "1.png", "2.png"]
+    assert [row["image"] for row in files] == ["0.png", "1.png", "[red]2.png"]
+    assert "[red]2.png" in invoke("predict", str(tmp_path / "folder"), *models[1:]).stdout
     invoke("predict", str(tmp_path / "folder"), *models, "--out", str(tmp_path / "kept.csv"))
     assert (tmp_path / "kept.csv").read_text().startswith("image,class,p\n0.png,")
     assert [(r["class"], r["p"]) for r in files] == [(r["class"], r["p"]) for r in arrays]

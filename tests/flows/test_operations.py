@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -63,6 +64,21 @@ def until(found: Callable[[], Any], seconds: float) -> Any:
     return value
 
 
+def test_passwords_in_addresses_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tasks.delivery import OutOfReachError, masked, probe
+    from tasks.doctor import examine
+
+    assert masked("postgresql://me:s3cret@db/x") == "postgresql://db/x"
+    for uri in ("sqlite:///a/b@c.db", "http://127.0.0.1:9/a@b"):
+        assert masked(uri) == uri
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
+    with pytest.raises(OutOfReachError, match=r"^http://127.0.0.1:9 does not answer \(.*refused"):
+        probe("http://me:s3cret@127.0.0.1:9")
+    assert "s3cret" not in str(examine(tmp_path))
+
+
 @pytest.mark.slow
 def test_from_nothing_to_runs_on_the_pool_releases_and_a_served_client_and_back_to_nothing(
     site: Path, model_server: Callable[..., Any], tmp_path: Path, free_port: Callable[[], int]
@@ -102,6 +118,15 @@ def test_from_nothing_to_runs_on_the_pool_releases_and_a_served_client_and_back_
         return str(version.version), store.get_run(version.run_id).data.params["train.lr"]
 
     api = f"http://127.0.0.1:{ports[0]}/api"
+    # A page of somebody else's that is open in a browser here must not start commands.
+    ask = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+    }
+    for page, allowed in (("https://evil.example", False), (api.removesuffix("/api"), True)):
+        answer = httpx.options(f"{api}/deployments/", headers=ask | {"Origin": page})
+        assert answer.headers.get("access-control-allow-origin") == (page if allowed else None)
+    assert httpx.post(f"{api}/flows/", json={"name": "x"}).status_code == 403
     with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
         assert client.read_work_pool("gpu-pool").concurrency_limit == 1
 

@@ -1,6 +1,7 @@
 """Candidate against champion: a worse one is refused, a better one promoted, one of two wins."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -240,6 +241,21 @@ def test_of_two_processes_that_release_at_once_one_wins(registry: Any) -> None:
     assert json.loads(registry.get_registered_model("fedcoe").tags["champion_history"]) == [
         str(winner + 1)
     ]
+
+
+def test_a_folder_of_another_users_in_the_temporary_one_holds_up_no_release_it_is_said(
+    registry: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tasks.release import _alone
+
+    monkeypatch.setattr("mlflow.get_tracking_uri", lambda: "http://127.0.0.1:9")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    with _alone():
+        assert (tmp_path / f"fedcoe-{os.getuid()}").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    (tmp_path / "fedcoe-12345").mkdir()
+    with pytest.raises(FedCoEError, match="fedcoe-12345: belongs to another user"), _alone():
+        pass
 
 
 def test_a_version_for_other_images_is_not_compared(

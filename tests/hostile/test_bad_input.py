@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -263,6 +264,12 @@ def link_out(site: Path) -> None:
     (site / "photos/cat/9.png").symlink_to(site / "client.npz")
 
 
+def linked_split(site: Path) -> None:
+    (site / "photos").rename(site / "elsewhere")
+    (site / "photos/test/cat").mkdir(parents=True)
+    (site / "photos/train").symlink_to(site / "elsewhere")
+
+
 EXPERT, GATE, STATE = "experts/expert-0.safetensors", "gate.safetensors", "models/state.json"
 DEEP = '{"a":' * 5000
 BOMB = "a: &a [x, x]\n" + "".join(
@@ -401,6 +408,9 @@ CASES = {
     ),
     "own images: a link to a file outside": Case(
         link_out, own_images, ("9.png", "link that leaves the folder")
+    ),
+    "own images: train/ is a link": Case(
+        linked_split, own_images, ("photos/train", "is a link", "put the folder itself there")
     ),
     "own images: an image in the folder of the classes": Case(
         picture("photos/0.png", PIXELS[0, ..., 0]), own_images, ("mixes layouts",)
@@ -597,6 +607,12 @@ CASES = {
         served({"mode": "unlabelled", "inputs": base64.b64encode(bytes(70)).decode()}),
         ("70 bytes", "multiple of 64"),
     ),
+    "request: text among the pixels": Case(
+        nothing, request({"inputs": [[["0", 1], [2, 3]]]}), ("integers", "nothing else")
+    ),
+    "request: rows of different lengths": Case(
+        nothing, request({"inputs": [[[0, 1], [2]]]}), ("rows differ in length",)
+    ),
     "request: nested five thousand deep": Case(
         nothing, request(b'{"inputs":' + b"[" * 5000), ("no JSON", "recursion")
     ),
@@ -626,6 +642,16 @@ def test_the_whole_project_is_accepted_before_it_is_damaged(site: Path) -> None:
         call(site)
     for call in (predict("photos"), served({"mode": "unlabelled"}), joined()):
         call(site)
+
+
+def test_a_long_text_in_a_request_takes_no_room_beyond_its_own(tmp_path: Path) -> None:
+    body = json.dumps({"inputs": [["x" * 100_000], *([""] for _ in range(1000))]}).encode()
+    tracemalloc.start()
+    with pytest.raises(MlflowException, match="integers"):
+        request(body)(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * len(body)
 
 
 def test_every_case_has_its_row_in_the_documentation() -> None:

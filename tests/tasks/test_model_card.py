@@ -1,7 +1,9 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
+from markdown_it import MarkdownIt
 
 from fedcoe.config import Settings, validate_settings
 from fedcoe.data.dataset import DatasetInfo
@@ -85,7 +87,7 @@ def test_an_experts_card_says_use_data_figures_limits_and_lineage(
     assert headings == ["Intended use", "Data", "Figures", "Limits", "Lineage"]
     for said in (
         "uint8 images [n, 8, 8, 1]",
-        "`shapes` (drawn; licence: CC0)",
+        "shapes (drawn; licence: CC0)",
         "16 clients that trained and 4 that did not",
         "| this expert alone, accuracy on the test set | 60.00 % |",
         "| clients it serves best, of all experts alone | cid (0.80), ann (0.75) |",
@@ -100,6 +102,18 @@ def test_an_experts_card_says_use_data_figures_limits_and_lineage(
         "training 4",
     ):
         assert said in text, said
+
+
+def test_names_that_data_brought_along_are_text_on_a_card_not_images_or_links(
+    lineage: Lineage, tags: dict[str, str]
+) -> None:
+    bad = "![x](https://elsewhere/b.png) <img src=y> [here](z) # `w`"
+    row = ROW | {f"accuracy_class_{bad}": 0.1}
+    info = INFO.model_copy(update={"name": bad, "source": bad, "classes": [bad, "round"]})
+    text = card("fedcoe-expert-1", replace(lineage, info=info), tags | {"serves_best": bad}, row)
+    shown = MarkdownIt("commonmark").enable("table").render(text)
+    assert "https://elsewhere/b.png" in shown
+    assert not re.search("<(img|a) ", shown)
 
 
 def test_the_mixtures_card_has_no_experts_figures(lineage: Lineage) -> None:

@@ -72,6 +72,9 @@ def from_folder(path: str | Path, seed: int = 0) -> RawDataset:
             other = sorted(tops - {"train", "test"})[0]
             raise FedCoEError(f"{path / other}: stands beside train/ and test/; move it away")
         else:
+            for split in (root / "train", root / "test"):
+                if split.is_symlink():
+                    raise FedCoEError(f"{split}: is a link; put the folder itself there")
             trained, tested = (_items(root / split, root) for split in ("train", "test"))
     except OSError as error:
         raise FedCoEError(f"{error.filename or path}: {error.strerror or error}") from None
