@@ -11,6 +11,7 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -153,7 +154,8 @@ class Trainer:
         self.device = torch.device(device)
         dtype = computes_in(precision, device)
         self.flat = FlatModel(build(model, shape, classes, 0), self.device, dtype)
-        m, s = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
+        # Of a whole line of pixels: over the few channels of one alone, loops are slow.
+        m, s = (torch.tensor(v, device=device).repeat(shape[1]) for v in (mean, std))
         self._scale, self._shift = 1.0 / (255.0 * s), -m / s
 
     @property
@@ -165,8 +167,8 @@ class Trainer:
     def prepare(self, images: Images | Tensor) -> Tensor:
         """uint8 [B, H, W, C] to normalised float [B, C, H, W] in channels-last memory."""
         x = torch.tensor(images) if isinstance(images, np.ndarray) else images
-        x = x.to(self.device).permute(0, 3, 1, 2)
-        return torch.addcmul(self._shift, x, self._scale)
+        lines = x.to(self.device).reshape(*x.shape[:2], -1)
+        return torch.addcmul(self._shift, lines, self._scale).view(x.shape).permute(0, 3, 1, 2)
 
     def fit(
         self, fits: Iterable[Fit], work: LocalWork, data: ClientData
@@ -338,6 +340,13 @@ def move(images: Tensor, moves: Tensor) -> Tensor:
     count, height, width, _ = images.shape
     pad, device = padding(height), images.device
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    if device.type == "cpu":  # NumPy copies windows, torch would gather byte by byte
+        windows = sliding_window_view(padded.numpy(), (height, width), (1, 2))
+        down, right, mirrored = moves.numpy().T
+        found = windows.transpose(0, 1, 2, 4, 5, 3)[np.arange(count), down, right]
+        flipped = np.flatnonzero(mirrored)
+        found[flipped] = found[flipped, :, ::-1]
+        return torch.from_numpy(found)
     rows = moves[:, :1] + torch.arange(height, device=device)
     columns = torch.arange(width, device=device).expand(count, width)
     columns = torch.where(moves[:, 2:] == 1, columns.flip(1), columns) + moves[:, 1:2]

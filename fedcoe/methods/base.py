@@ -720,7 +720,13 @@ class Method:
         features: bool = True,
     ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """[M, n, C] logits and [n, D] design matrix; without `features` D = 0."""
-        outputs = [trainer.outputs(v, images, self.batch_size, features) for v in state.experts]
+        outputs: list[Any] = []
+        for m, expert in enumerate(state.experts):
+            # Until they part, experts are one model: it is run once.
+            same = m > 0 and np.array_equal(expert, state.experts[m - 1])
+            outputs.append(
+                outputs[-1] if same else trainer.outputs(expert, images, self.batch_size, features)
+            )
         logits = np.stack([logit for logit, _ in outputs])
         hidden = [f for _, f in outputs if f is not None]
         if not features:

@@ -13,7 +13,7 @@ Layout = Mapping[str, tuple[int, ...]]
 
 
 class FlatModel:
-    """A model whose parameters, and gradients, are views of one flat buffer each.
+    """A model whose parameters are views of one flat buffer, and whose gradients fill another.
 
     An optimizer step is then a few operations on one long vector instead of several on each of
     many small tensors, and loading or reading a model is one copy.
@@ -45,13 +45,14 @@ class FlatModel:
         self.dtype = dtype
         self.module = model.to(device=device, dtype=self.dtype)
         self._values = self.vector.to(self.dtype)
-        self._gradients = self.gradient.to(self.dtype)
-        offset = 0
-        for p in self.module.parameters():
-            part = slice(offset, offset + p.numel())
-            p.data = self._values[part].view(p.shape)
-            p.grad = self._gradients[part].view(p.shape)
-            offset += p.numel()
+        self._parameters = list(self.module.parameters())
+        sizes = [p.numel() for p in self._parameters]
+        self._gradients = [
+            part.view(p.shape)
+            for p, part in zip(self._parameters, self.gradient.split(sizes), strict=True)
+        ]
+        for p, part in zip(self._parameters, self._values.split(sizes), strict=True):
+            p.data = part.view(p.shape)
 
     def changed(self) -> None:
         """Let the model see what was written into `vector`."""
@@ -60,10 +61,12 @@ class FlatModel:
 
     def backward(self, loss: Tensor) -> None:
         """Put the gradient of a scalar loss into `gradient`."""
-        self._gradients.zero_()
-        loss.backward()
-        if self._gradients is not self.gradient:
-            self.gradient.copy_(self._gradients)
+        found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        for part, gradient in zip(self._gradients, found, strict=True):
+            if gradient is None:
+                part.zero_()
+            else:
+                part.copy_(gradient)
 
     def load(self, vector: Vector | Tensor) -> None:
         """Copy a [P] vector into the parameters."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedcoe.engine.trainer import move
 from fedcoe.methods.settings import method_names
 
 EXTRAS = {
@@ -31,6 +32,15 @@ def test_the_pretend_gpu_refuses_what_a_real_one_refuses(gpu, inside):
                 numpy()
         there[1:].mul_(2.0)
         assert (there[torch.tensor([1])] + 1.0).cpu().numpy() == [3.0]
+
+
+def test_images_are_moved_on_a_gpu_as_on_a_processor(gpu, inside):
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (64, 8, 10, 3), np.uint8))
+    moves = torch.from_numpy(rng.integers(0, (3, 3, 2), (64, 3)))
+    expected = move(images, moves)
+    with inside:
+        assert torch.equal(move(images.to(gpu), moves.to(gpu)).cpu(), expected)
 
 
 @pytest.mark.parametrize(
