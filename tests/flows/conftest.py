@@ -211,21 +211,22 @@ def fedcoe_command() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture
 def fedcoe_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str]]:
-    """`fedcoe_here(cwd, *args)`: the whole command in this process, which saves its imports.
-
-    Returns its exit code and what it wrote to standard error.
-    """
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`fedcoe_here(cwd, *args, **environment)`: as `fedcoe_command`, in this process, which saves
+    its imports. For what trains nothing."""
     from flows.cli import main
 
-    def run(cwd: Path, *args: str) -> tuple[int, str]:
-        monkeypatch.chdir(cwd)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{cwd}/.fedcoe/mlflow.db")
-        monkeypatch.setenv("COLUMNS", "120")
-        monkeypatch.setattr("sys.argv", ["fedcoe", *args])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return int(ended.value.code or 0), capsys.readouterr().err
+    def run(cwd: Path, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        own = {"MLFLOW_TRACKING_URI": f"sqlite:///{cwd}/.fedcoe/mlflow.db", "COLUMNS": "120"}
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            for name, value in (own | environment).items():
+                patch.setenv(name, value)
+            patch.setattr("sys.argv", ["fedcoe", *args])
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as ended:
+                main()
+        return subprocess.CompletedProcess(args, int(ended.value.code or 0), *capsys.readouterr())
 
     return run
 

@@ -46,15 +46,15 @@ def test_experts_tags_agree_with_the_evaluation(project: Path, stores: Any) -> N
         assert tags["git_commit"] == "unknown" and tags["data_hash"]
 
 
-def test_the_command_lists_them_and_shows_a_card(project: Path, fedcoe_command: Command) -> None:
-    listed = fedcoe_command(project, "experts", COLUMNS="80")
+def test_the_command_lists_them_and_shows_a_card(project: Path, fedcoe_here: Command) -> None:
+    listed = fedcoe_here(project, "experts", COLUMNS="80")
     assert listed.returncode == 0
     [mixture] = [line for line in listed.stdout.splitlines() if line.startswith("fedcoe  ")]
     figures = json.loads((project / "metrics/evaluate.json").read_text())
     for part in ("global", "personalized"):
         assert f" {100 * figures[part]['accuracy']:.1f} " in mixture
     assert all(word in listed.stdout for word in ("fedcoe-expert-1", "serves best", "drift"))
-    shown = fedcoe_command(project, "experts", "fedcoe-expert-1")
+    shown = fedcoe_here(project, "experts", "fedcoe-expert-1")
     assert shown.stdout.startswith("# fedcoe-expert-1")
     assert "## Limits" in shown.stdout and "| class | accuracy alone |" in shown.stdout
 

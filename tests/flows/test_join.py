@@ -24,9 +24,9 @@ def client(project: Path, tmp_path: Path) -> Path:
 
 
 def test_a_thousand_images_are_answered_with_every_modes_accuracy(
-    project: Path, client: Path, fedcoe_command: Command
+    project: Path, client: Path, fedcoe_here: Command
 ) -> None:
-    done = fedcoe_command(project, "join", "--data", str(client / "client.npz"), "--json")
+    done = fedcoe_here(project, "join", "--data", str(client / "client.npz"), "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     labels = np.load(client / "client.npz")["y"]
@@ -43,10 +43,10 @@ def test_a_thousand_images_are_answered_with_every_modes_accuracy(
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
 def test_predictions_are_written_where_asked(
-    project: Path, client: Path, fedcoe_command: Command, suffix: str
+    project: Path, client: Path, fedcoe_here: Command, suffix: str
 ) -> None:
     path = client / f"out.{suffix}"
-    done = fedcoe_command(project, "join", "--data", str(client / "blind.npz"), "--out", str(path))
+    done = fedcoe_here(project, "join", "--data", str(client / "blind.npz"), "--out", str(path))
     assert done.returncode == 0, done.stderr
     assert "unlabelled" in done.stdout and "accuracy, mode" not in done.stdout
     text = path.read_text()
@@ -56,14 +56,14 @@ def test_predictions_are_written_where_asked(
 
 
 def test_a_pick_is_exported_and_runs_without_this_package(
-    project: Path, tmp_path: Path, fedcoe_command: Command
+    project: Path, tmp_path: Path, fedcoe_here: Command
 ) -> None:
     import torch
 
     from fedcoe.bundle import load_bundle
 
     path = tmp_path / "picked" / "device.pt2"
-    done = fedcoe_command(project, "export", "--mixture", "--out", str(path), "--version", "1")
+    done = fedcoe_here(project, "export", "--mixture", "--out", str(path), "--version", "1")
     assert done.returncode == 0, done.stderr
     assert "differ from the model's by at most" in done.stdout
     images = np.load(project / "data/x_test.npy")[:9]
@@ -87,8 +87,8 @@ def test_a_pick_is_exported_and_runs_without_this_package(
     ],
 )
 def test_mistakes_are_one_line(
-    project: Path, fedcoe_here: Callable[..., tuple[int, str]], args: tuple[str, ...], said: str
+    project: Path, fedcoe_here: Command, args: tuple[str, ...], said: str
 ) -> None:
-    code, told = fedcoe_here(project, *args)
-    assert code == 2
-    assert said in told and told.count("\n") == 1
+    done = fedcoe_here(project, *args)
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1

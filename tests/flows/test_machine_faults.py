@@ -136,7 +136,11 @@ def lines(text: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_command_says_a_full_disk_and_one_that_is_read_only_in_one_line(
-    small_disk: Path, new_project: Callable[..., Path], fedcoe_command: Command, prefect_api: str
+    small_disk: Path,
+    new_project: Callable[..., Path],
+    fedcoe_command: Command,
+    fedcoe_here: Command,
+    prefect_api: str,
 ) -> None:
     root = on(small_disk, new_project)
     (root / "models").mkdir()
@@ -155,7 +159,7 @@ def test_the_command_says_a_full_disk_and_one_that_is_read_only_in_one_line(
 
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     for command in (["train"], ["stage", "train"], ["stage", "baseline"]):
-        refused = fedcoe_command(root, *command, **environment)
+        refused = fedcoe_here(root, *command, **environment)
         assert refused.returncode == 2, refused.stderr
         [line] = refused.stderr.splitlines()
         assert "Read-only file system; make it writable or work in another folder" in line
@@ -240,12 +244,15 @@ def test_a_second_training_in_a_folder_is_refused_with_who_is_first_and_a_crash_
 
 @pytest.mark.slow
 def test_the_commands_that_write_models_are_refused_while_another_does(
-    new_project: Callable[..., Path], fedcoe_command: Command, prefect_api: str
+    new_project: Callable[..., Path],
+    fedcoe_command: Command,
+    fedcoe_here: Command,
+    prefect_api: str,
 ) -> None:
     root = new_project(train={"rounds": 1})
     with holder(root) as first:
         for command in (["train"], ["stage", "train"]):
-            refused = fedcoe_command(root, *command)
+            refused = fedcoe_here(root, *command)
             assert refused.returncode == 2
             [line] = refused.stderr.splitlines()
             assert f"(process {first.pid})" in line

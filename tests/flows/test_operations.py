@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ def fedcoe(root: Path, *words: str, **given: str) -> subprocess.CompletedProcess
         cwd=root,
         env=environment
         | given
-        | {"OMP_NUM_THREADS": "1", "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"},
+        | {
+            "OMP_NUM_THREADS": "1",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+        },
         capture_output=True,
         text=True,
         timeout=600,
@@ -85,7 +90,7 @@ def test_from_nothing_to_runs_on_the_pool_releases_and_a_served_client_and_back_
 ) -> None:
     from mlflow import MlflowClient
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.client.schemas.schedules import IntervalSchedule
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from tasks.processes import marked
@@ -97,6 +102,7 @@ def test_from_nothing_to_runs_on_the_pool_releases_and_a_served_client_and_back_
     assert done.returncode == 0, done.stderr
     first = json.loads(done.stdout)
     processes = {process.pid for process in marked(site)}
+    assert len(processes) >= 3
     book = (site / ".fedcoe/services.json").read_text()
 
     done = fedcoe(site, *up)
@@ -174,7 +180,8 @@ def test_from_nothing_to_runs_on_the_pool_releases_and_a_served_client_and_back_
         # By its schedule, as params.yaml says: better.
         nightly = client.read_deployment_by_name("nightly/nightly")
         assert not any(schedule.active for schedule in nightly.schedules)
-        every_minute = CronSchedule(cron="* * * * *", timezone="UTC")
+        soon = datetime.now(UTC) + timedelta(seconds=20)
+        every_minute = IntervalSchedule(interval=timedelta(minutes=1), anchor_date=soon)
         [made] = client.create_deployment_schedules(nightly.id, [(every_minute, True)])
 
         def fired() -> Any:

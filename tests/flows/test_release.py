@@ -273,7 +273,7 @@ def test_a_version_for_other_images_is_not_compared(
 
 
 def test_an_expert_whose_number_is_not_its_mixtures_says_whose_it_is(
-    trained_twice: Path, registry: Any, fedcoe_command: Callable[..., Any], tmp_path: Path
+    trained_twice: Path, registry: Any, fedcoe_here: Callable[..., Any], tmp_path: Path
 ) -> None:
     from mlflow import MlflowClient
 
@@ -282,11 +282,11 @@ def test_an_expert_whose_number_is_not_its_mixtures_says_whose_it_is(
     source = registry.get_model_version("fedcoe-expert-1", "2").source
     MlflowClient().create_model_version("fedcoe-expert-2", source, second)
     environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    rows = json.loads(fedcoe_command(trained_twice, "experts", "--json", **environment).stdout)
+    rows = json.loads(fedcoe_here(trained_twice, "experts", "--json", **environment).stdout)
     found = {(row["name"], row["version"]): row["mixture"] for row in rows}
     assert found["fedcoe-expert-2", "1"] == "1" and found["fedcoe-expert-2", "2"] == "2"
     MlflowClient().create_model_version("fedcoe-expert-2", source, first)
-    table = fedcoe_command(trained_twice, "experts", **environment).stdout
+    table = fedcoe_here(trained_twice, "experts", **environment).stdout
     assert "3 of 1" in table
 
 
@@ -294,13 +294,13 @@ def test_both_aliases_of_a_version_are_listed(
     trained_twice: Path,
     registry: Any,
     tmp_path: Path,
-    fedcoe_command: Callable[..., subprocess.CompletedProcess[str]],
+    fedcoe_here: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     from tasks.release import move_alias
 
     move_alias("champion", "2", None)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    shown = fedcoe_command(trained_twice, "experts", COLUMNS="220", MLFLOW_TRACKING_URI=uri)
+    shown = fedcoe_here(trained_twice, "experts", COLUMNS="220", MLFLOW_TRACKING_URI=uri)
     lines = [line.split() for line in shown.stdout.splitlines()]
     [at] = [i for i, words in enumerate(lines) if words[:2] == ["fedcoe", "2"]]
     assert lines[at][2] == "candidate" and lines[at + 1] == ["champion"]
@@ -320,12 +320,12 @@ def test_mistakes_are_one_line(
     tmp_path: Path,
     mlflow_database: Path,
     prefect_api: str,
-    fedcoe_here: Callable[..., tuple[int, str]],
+    fedcoe_here: Callable[..., subprocess.CompletedProcess[str]],
     args: tuple[str, ...],
     said: str,
 ) -> None:
     (tmp_path / ".fedcoe").mkdir()
     shutil.copy(mlflow_database, tmp_path / ".fedcoe/mlflow.db")
-    code, told = fedcoe_here(tmp_path, *args)
-    assert code == 2
-    assert said in told and told.count("\n") == 1
+    done = fedcoe_here(tmp_path, *args)
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1

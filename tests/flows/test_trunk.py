@@ -66,7 +66,7 @@ def test_what_cells_share_is_trained_once_and_their_figures_are_those_of_trainin
                 patch.setattr("flows.federated_training.next_of_trunk", lambda *_: None)
             own = f"method.similarity={similarity}", f"method.branch_after={branch}"
             settings = (*SETTINGS, *own)
-            compare_methods(str(root), settings, methods, [0], "both", ["all"])
+            compare_methods(str(root), settings, methods, [0], "both", ["all"], True)
         found.append((trained, cells(root)))
     (once, here), (apart, there) = found
     assert apart == [*range(1, 6), *range(1, 6)]
@@ -89,9 +89,10 @@ def test_a_comparison_at_a_terminal_shows_rounds_that_it_does_not_train(
     found = fedcoe_command(
         root, "compare", "--methods", "fedcoe,fedavg", "--rows", "all", "--seeds", "0", *words,
         PREFECT_API_URL=prefect_api, MLFLOW_TRACKING_URI="http://127.0.0.1:9",
-        MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", FORCE_COLOR="1",
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
+    assert "3/3" in found.stderr
     assert "| fedavg | all | 1 |" in found.stdout
     # The branch comes after the last round, so only the evaluation in round 2 is kept.
     assert [p.stem for p in root.glob(".fedcoe/trunks/*/*/*")] == ["000002"]
@@ -107,7 +108,7 @@ def test_a_damaged_trunk_is_trained_again_and_one_of_other_code_goes(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     root = new_project(train={"rounds": 4})
     (root / ".fedcoe/trunks/0123456789abcdef").mkdir(parents=True)
-    options = {"overrides": SETTINGS, "seeds": [0], "rows": ["all"]}
+    options: Any = {"overrides": SETTINGS, "seeds": [0], "rows": ["all"], "cell_only": True}
     compare_methods(str(root), methods=["fedavg"], name="first", **options)
     [file] = root.glob(".fedcoe/trunks/*/*/*.safetensors")
     assert file.stem == "000002" and not (root / ".fedcoe/trunks/0123456789abcdef").exists()
