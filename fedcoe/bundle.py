@@ -114,7 +114,8 @@ def _write_models(
     }
     if method.privacy is not None:
         # What no mechanism covers stays beside personal experts, and goes to no registry.
-        own = {name: description[name] for name in ("label_counts", "share")}
+        private = ("groups", "label_counts", "personal_round", "share")
+        own = {name: description[name] for name in private}
         write_atomic(target / OWN, (json.dumps(own) + "\n").encode())
         nothing = {name: np.zeros_like(values).tolist() for name, values in own.items()}
         description |= nothing | {"diagnostics": {}}

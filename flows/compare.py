@@ -66,9 +66,13 @@ class Cell:
 
     @property
     def training(self) -> str:
-        """Equal for cells that differ only in how the trained experts predict."""
-        private = self.settings.privacy.epsilon > 0
-        only = method_class(self.method).predicts_only(self.settings.method, private)
+        """Equal for cells that differ only in how the trained experts predict.
+
+        With privacy each has a training of its own: a gate update made again is told again.
+        """
+        only = method_class(self.method).predicts_only(self.settings.method)
+        if self.settings.privacy.epsilon:
+            only = frozenset()
         decides = {"method": set(only), "runtime": {"workers"}}
         return fingerprint_of(self.settings.model_dump(mode="json", exclude=decides))
 

@@ -16,7 +16,7 @@ from scipy.special import ndtr
 
 from fedcoe.analytic import Statistics
 from fedcoe.bundle import export_models, load_bundle
-from fedcoe.config import PrivacySettings, Settings, validate_settings
+from fedcoe.config import FaultSettings, PrivacySettings, Settings, validate_settings
 from fedcoe.data.dataset import DatasetInfo
 from fedcoe.engine.pool import Engine
 from fedcoe.errors import FedCoEError
@@ -422,9 +422,22 @@ def test_a_client_whose_features_are_not_finite_still_reports(make_private, engi
     state = replace(method.init(), round=1)
     broken = replace(state, experts=np.full_like(state.experts, np.nan))
     [message] = engine.map(method.gate_message, broken.for_clients(), over=[[0, 1, 2]])
-    assert message.statistics.count == 0 and sorted(message.losses) == [0, 1, 2]
+    assert message.statistics.count == 3 and sorted(message.losses) == [0, 1, 2]
+    assert not message.statistics.gram.value().any()
     after = update_gate(engine, method, state, [0, 1, 2])
     assert np.isfinite(after.extra["gate"]).all()
+
+
+def test_how_many_clients_answered_a_gate_update_is_not_told(make_private, engine):
+    faults = {"dropout": 0.9}
+    for chosen in ({}, {"name": "fedavg", "coordination_head": True}):
+        method = make_private(**chosen)
+        changed = method.federation.settings.model_copy(update={"faults": FaultSettings(**faults)})
+        method = type(method)(replace(method.federation, settings=changed))
+        [message] = engine.map(
+            method.gate_message, method.init().for_clients(), over=[[0, 1, 2, 3, 4, 5]]
+        )
+        assert message.dropped.total() > 0 and message.statistics.count == 6
 
 
 @pytest.mark.parametrize("chosen", [{}, {"name": "fedavg", "coordination_head": True}])
@@ -525,11 +538,13 @@ def test_what_is_exported_knows_no_clients_labels_but_a_client_still_does(
     export_models(tmp_path / "models", method, state, side.personal)
     told = json.loads((tmp_path / "models" / "state.json").read_text())
     assert not np.any(told["label_counts"]) and not np.any(told["share"])
-    assert told["diagnostics"] == {}
+    assert told["diagnostics"] == {} and not np.any(told["personal_round"])
+    assert not np.any(told["groups"])
     whole = load_bundle(tmp_path / "models", "fp32")
     counts = method.federation.label_counts
     assert np.array_equal(whole.method.federation.label_counts, counts)
     assert np.array_equal(whole.state.share, state.share)
+    assert np.array_equal(whole.state.personal_round, state.personal_round)
     images = np.array(side.data.dataset.x_test)
     expected = method.predict_global(state, method.score(side.trainer, state, images))
     shutil.rmtree(tmp_path / "models" / "personal")

@@ -278,12 +278,8 @@ class Method:
         return int(getattr(self.settings, "gate_features", 0))
 
     @classmethod
-    def predicts_only(cls, settings: MethodSettings, private: bool) -> frozenset[str]:
-        """Names of settings that decide how trained experts predict, and nothing in training.
-
-        Args:
-            private: whether what clients send is noised.
-        """
+    def predicts_only(cls, settings: MethodSettings) -> frozenset[str]:
+        """Names of settings that decide how trained experts predict, and nothing in training."""
         return frozenset({"reweighting"})
 
     @property
@@ -681,6 +677,8 @@ class Method:
             targets, reason = self.faults.statistics(state.round, client, design, targets)
             if reason is not None:
                 message.dropped[reason] += 1
+                if self.privacy is not None:
+                    statistics.count += 1  # how many answered would be one more message
             elif self.privacy is not None:
                 self.privacy.add(statistics, design, targets)
             else:

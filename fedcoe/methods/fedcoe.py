@@ -184,11 +184,11 @@ class FedCoE(Method):
     settings: FedCoESettings
 
     @classmethod
-    def predicts_only(cls, settings: MethodSettings, private: bool) -> frozenset[str]:
+    def predicts_only(cls, settings: MethodSettings) -> frozenset[str]:
         assert isinstance(settings, FedCoESettings)
-        found = super().predicts_only(settings, private)
-        if private or settings.gate == "neural" or settings.gate_before_aggregation:
-            # Noise by message, a gate that learns from update to update, experts long gone.
+        found = super().predicts_only(settings)
+        if settings.gate == "neural" or settings.gate_before_aggregation:
+            # A gate that learns from update to update, experts long gone.
             return found
         # The correlation, which dispatches, comes from labels, features and the experts' losses.
         return found | PREDICTION | {"gate", "gate_features"}
@@ -467,6 +467,8 @@ class FedCoE(Method):
                 if self.privacy is not None:
                     # Its absence would be one more message.
                     message.losses[client] = np.zeros(self.experts)
+                    if message.statistics is not None:
+                        message.statistics.count += 1
                 continue
             if message.statistics is not None:
                 if self.privacy is not None:
