@@ -144,7 +144,7 @@ class Bundle:
         Raises:
             FedCoEError: another type or shape than the model was trained on.
         """
-        shape = self.method.federation.shape
+        shape, images = self.method.federation.shape, np.asarray(images)
         if images.ndim == 3 and shape[2] == 1:
             # `[..., None]` strides otherwise, which changes the last bits of convolutions.
             images = images.reshape(*images.shape, 1)
@@ -181,6 +181,13 @@ class Bundle:
         """
         if mode not in MODES:
             raise FedCoEError(f"mode {mode!r}: there are {', '.join(MODES)}")
+        for name, given_, modes in (
+            ("label_counts", label_counts, ("labels",)),
+            ("labels", labels, ("labels",)),
+            ("inputs", inputs, ("unlabelled", "labels")),
+        ):
+            if given_ is not None and mode not in modes:
+                raise FedCoEError(f"{name} are for mode {' and '.join(modes)}, not {mode}")
         self.check_whole()
         scores = self.score(images)
         if mode == "none":
@@ -193,12 +200,13 @@ class Bundle:
             count = given.experts.shape[1]
             checked = check_labels(labels, count, classes)
             return predict_labels(self.method, self.state, scores, given, checked)
-        if label_counts is None or label_counts.shape != (classes,) or label_counts.min() < 0:
+        counts = np.asarray(label_counts)
+        if counts.dtype.kind not in "iuf" or counts.shape != (classes,) or not counts.min() >= 0:
             raise FedCoEError(
                 f"mode labels needs inputs with labels, or label_counts: {classes} numbers >= 0"
             )
         _, correlation = self.method.join_unlabelled(self.state, given)
-        prior = prior_from_counts(label_counts)
+        prior = prior_from_counts(counts)
         return self.method.predict_with(self.state, scores, prior, correlation)
 
     def check_whole(self) -> None:
@@ -220,6 +228,7 @@ def check_labels(labels: NDArray[Any], count: int, classes: int) -> NDArray[np.i
     Raises:
         FedCoEError: not `count` integers in 0..`classes` - 1.
     """
+    labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise FedCoEError(f"labels are {labels.dtype} {list(labels.shape)}, not {count} integers")
     if labels.min() < 0 or labels.max() >= classes:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedcoe import __version__
 from fedcoe.analytic import projections
 from fedcoe.bundle import Bundle, layout_of
 from fedcoe.errors import FedCoEError
@@ -128,7 +129,8 @@ def export_pt2(bundle: Bundle, path: Path, expert: int | None = None) -> float:
 
     Args:
         bundle: opened in fp32.
-        path: ends in .pt2.
+        path: ends in .pt2. The extra file `fedcoe.json` in it says classes, image, settings,
+            version and round.
         expert: which; None = the mixture.
 
     Returns:
@@ -138,13 +140,16 @@ def export_pt2(bundle: Bundle, path: Path, expert: int | None = None) -> float:
         FedCoEError: there is no such expert, the method's mixture cannot be expressed, or the
             file does not compute what the model does (it is removed then).
     """
-    program = _program(bundle, expert).train(False)
+    program = _program(bundle, expert).train(False).requires_grad_(False)
+    path = Path(path)
     f = bundle.method.federation
     images = stream(0, "export check").integers(0, 256, (5, *f.shape), np.uint8)
     about = {
         "what": "mixture" if expert is None else f"expert {expert}",
         "classes": f.class_names,
         "image": ["uint8", "n", *f.shape],
+        "fedcoe": __version__,
+        "round": bundle.state.round,
         "settings": f.settings.model_dump(mode="json", exclude={"runtime"}),
     }
     with torch.no_grad():
@@ -183,8 +188,7 @@ def _difference(bundle: Bundle, path: Path, expert: int | None, images: NDArray[
     worst = 0.0
     # Another number of images than it was traced with, too.
     for some in (images, images[:1]):
-        with torch.no_grad():
-            found = program(torch.tensor(some)).numpy()
+        found = program(torch.tensor(some)).numpy()
         if expert is None:
             expected = np.exp(bundle.predict(some))
         else:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcoe.bundle import Bundle, check_labels
-from fedcoe.cold_start import Mode, predict_labels, predict_none, predict_unlabelled
+from fedcoe.cold_start import MODES, Mode, predict_labels, predict_none, predict_unlabelled
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.base import Scores
 from fedcoe.metrics import tally
@@ -94,6 +94,8 @@ def join(
     """
     bundle.check_whole()
     method, state = bundle.method, bundle.state
+    if mode not in (None, *MODES):
+        raise FedCoEError(f"mode {mode!r}: there are {', '.join(MODES)}")
     if mode == "labels" and labels is None:
         raise FedCoEError("mode labels: the client's data has no labels")
     scores = bundle.score(images)

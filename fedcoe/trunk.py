@@ -1,8 +1,8 @@
-"""The trunk: the first rounds of a method in which it trains one model as FedAvg or FedProx does.
+"""The trunk: the first rounds of a method in which it trains one model as FedAvg does.
 
-A pool that branches later, and these two, walk the same trunk when they have the same switches,
-pull (`mu`), seed and data, so several trainings need to walk it only once. What is kept of it has
-one expert; a method's own things (correlation, gate, personal experts) stay those it had.
+A pool that branches later, and FedAvg itself, walk the same trunk when they have the same switches,
+seed and data, so several trainings need to walk it only once. What is kept of it has one expert;
+a method's own things (correlation, gate, personal experts) stay those it had.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,7 @@ def trunk_settings(settings: Settings) -> dict[str, Any]:
         },
     )  # fmt: skip
     every = set(MethodSettings.model_fields) - PREDICTION - {"name"}
-    method = settings.method.model_dump(mode="json", include=every)
-    # No pull is as good as none: FedAvg has no such setting.
-    return named | {"method": method, "mu": getattr(settings.method, "mu", 0.0)}
+    return named | {"method": settings.method.model_dump(mode="json", include=every)}
 
 
 def cut(state: ServerState) -> ServerState:

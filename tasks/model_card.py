@@ -175,6 +175,10 @@ def _limits(
         weak = [name for name, value in _by_class(row).items() if value < 0.5]
         if weak:
             points.append(f"Alone it gets most images of these classes wrong: {_listed(weak)}.")
+        points.append(
+            "Its probabilities are as trained, not fitted to how often it is right (the mixture's "
+            "are)."
+        )
     elif name == "fedcoe":
         points.append("Clients' personal experts are not in it: they stay with their clients.")
     return "\n".join(f"- {point}" for point in points)

@@ -78,6 +78,12 @@ def load_version(
     uri = f"models:/{MIXTURE}/{registered(version).version}"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(download_artifacts(uri, dst_path=scratch)) / "artifacts"
+        if not folder.is_dir():
+            source = registered(version).source
+            raise FedCoEError(
+                f"version {version}: its files are not at {source} any more; where a project has "
+                "moved, move it back, or train there anew"
+            )
         yield load_bundle(folder, precision)
 
 

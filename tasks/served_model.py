@@ -77,15 +77,8 @@ class Predictor:
         counts, labels = (_integers(params, name) for name in ("label_counts", "labels"))
         inputs = self._inputs(params["inputs"]) if params.get("inputs") else None
         # Models used to be registered with zeros as the default.
-        given = counts is not None and bool(counts.any())
-        for name, is_there, modes in (
-            ("label_counts", given, ("labels",)),
-            ("labels", labels is not None, ("labels",)),
-            ("inputs", inputs is not None, ("unlabelled", "labels")),
-        ):
-            if is_there and mode not in modes:
-                raise FedCoEError(f"{name} are for mode {' and '.join(modes)}, not {mode}")
-        return self.bundle.predict(images, mode, counts if given else None, inputs, labels)
+        given = counts if counts is not None and counts.any() else None
+        return self.bundle.predict(images, mode, given, inputs, labels)
 
     def _inputs(self, text: str) -> NDArray[np.uint8]:
         shape = self.bundle.method.federation.shape
@@ -187,6 +180,8 @@ def _parse(data: bytes, known: set[str]) -> dict[str, Any]:
         f"params.{name}" for name in set(params) - known
     ):
         raise FedCoEError(f"{unknown[0]} is unknown; params: {', '.join(sorted(known)) or 'none'}")
+    if "inputs" in params and not isinstance(params["inputs"], str):
+        raise FedCoEError("params.inputs must be a string: base64 of uint8 images")
     for name, value in params.items():
         if isinstance(value, list) and any(type(item) is not int for item in value):
             raise FedCoEError(f"params.{name} must be a list of integers")

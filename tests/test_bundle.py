@@ -64,11 +64,35 @@ def test_label_counts_become_the_label_prior(mixture):
     np.testing.assert_allclose(found, expected)
 
 
-@pytest.mark.parametrize("counts", [None, np.array([1, 2]), np.array([1, -1, 0, 0])])
+@pytest.mark.parametrize(
+    "counts", [None, [1, 2], [1, -1, 0, 0], [1.0, np.nan, 0.0, 0.0], ["1", "2", "3", "4"]]
+)
 def test_mode_labels_needs_one_count_a_class(mixture, counts):
     _, _, side, folder = mixture
     with pytest.raises(FedCoEError, match="4 numbers >= 0"):
         load_bundle(folder).predict(side.data.dataset.x_test, "labels", counts)
+
+
+@pytest.mark.parametrize(
+    ("mode", "given"),
+    [
+        ("none", {"labels": [0]}),
+        ("none", {"inputs": [0]}),
+        ("unlabelled", {"label_counts": [1, 1, 1, 1]}),
+    ],
+)
+def test_what_a_mode_does_not_read_is_refused_rather_than_left_out(mixture, mode, given):
+    _, _, side, folder = mixture
+    with pytest.raises(FedCoEError, match=f"{next(iter(given))} are for mode .*, not {mode}"):
+        load_bundle(folder).predict(side.data.dataset.x_test, mode, **given)
+
+
+def test_lists_are_taken_as_arrays_are(mixture):
+    _, _, side, folder = mixture
+    bundle, images = load_bundle(folder, "fp32"), np.array(side.data.dataset.x_test[:6])
+    labels = [0, 1, 2, 3, 0, 1]
+    found = bundle.predict(images, "labels", labels=labels)
+    assert found.tobytes() == bundle.predict(images, "labels", labels=np.array(labels)).tobytes()
 
 
 def test_the_state_comes_back_with_personal_experts_by_name(mixture):

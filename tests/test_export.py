@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedcoe import __version__
 from fedcoe.bundle import export_models, load_bundle
 from fedcoe.errors import FedCoEError
 from fedcoe.export import ABOUT, TOLERANCE, Mixture, export_pt2
@@ -48,7 +49,7 @@ def test_the_file_computes_what_the_mixture_does_for_any_number_of_images(
     assert export_pt2(bundle, tmp_path / "m.pt2") < 1e-4
     program = torch.export.load(tmp_path / "m.pt2").module()
     for some in (images, images[:1], images[:7]):
-        found = program(torch.tensor(some)).detach().numpy()
+        found = program(torch.tensor(some)).numpy()
         np.testing.assert_allclose(found, np.exp(bundle.predict(some)), atol=1e-4)
 
 
@@ -57,13 +58,14 @@ def test_one_expert_is_exported_alone_with_what_it_is(bundle_of, tmp_path):
     export_pt2(bundle, tmp_path / "e.pt2", 1)
     extra = {ABOUT: ""}
     program = torch.export.load(tmp_path / "e.pt2", extra_files=extra).module()
-    found = program(torch.tensor(images)).detach().numpy()
+    found = program(torch.tensor(images)).numpy()
     logits = torch.tensor(bundle.score(images).experts[1])
     np.testing.assert_allclose(found, logits.softmax(-1).numpy(), atol=1e-5)
     about = json.loads(extra[ABOUT])
     assert about["what"] == "expert 1"
     assert about["classes"] == list("abcd")
     assert about["image"] == ["uint8", "n", 8, 8, 1]
+    assert (about["round"], about["fedcoe"]) == (2, __version__)
 
 
 def test_a_file_that_computes_something_else_is_not_kept(bundle_of, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ are exact. On GPUs they are the same to rounding.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -136,7 +137,8 @@ _LESS = "lower runtime.workers, train.batch_size or evaluate.batch_size"
 class Engine:
     """Persistent worker processes, one a core or GPU; with one worker, this process.
 
-    Use as a context manager; workers end with it.
+    Use as a context manager; workers end with it. They run the caller's script again, up to
+    its `if __name__ == "__main__":`, under which a script of one's own must open it.
     """
 
     def __init__(self, site: Site, workers: int = 0) -> None:
@@ -148,6 +150,9 @@ class Engine:
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            # A worker that is at its caller's script: it would start workers without end.
+            sys.exit('open the Engine under `if __name__ == "__main__":`, or with workers=1')
         if self.workers == 1:
             self._inline = self.site.open()
         else:

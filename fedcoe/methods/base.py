@@ -224,7 +224,7 @@ class Method:
     heavy_ball: ClassVar[bool] = True
     """Whether `server_momentum` is momentum as FedAvgM's, of which row `all` wants 0.7 or more."""
     is_fedavg: ClassVar[bool] = False
-    """Whether its rounds are those of FedAvg with the same switches, and `mu` if it has one."""
+    """Whether its rounds are those of FedAvg with the same switches."""
     private: ClassVar[bool] = False
     """Whether all its clients send is bounded and noised where `privacy` asks for it."""
 
@@ -254,8 +254,7 @@ class Method:
     @property
     def trunk_rounds(self) -> int:
         """The first rounds in which this is FedAvg with the same switches: one model, trained by
-        all of a cohort on nothing but their data and a pull to it (FedProx's `mu`), and no gate
-        update that later rounds depend on.
+        all of a cohort on nothing but their data, and no gate update that later rounds depend on.
 
         0 where that is not known. Trainings share such rounds (`fedcoe.trunk`).
         """

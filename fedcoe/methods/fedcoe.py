@@ -7,7 +7,6 @@ personal expert. A new client is served from the pool with no training.
         dispatch        K experts a client: max sum log c under equal capacity, or (`top_k`) the K
                         that suit it best
         local train     each expert on its responsibility-weighted balanced-softmax loss
-                        + mu/2 ||theta_km - theta_m||^2
         aggregate       theta_m += eta * momentum of sum_k a[k,m] (theta_km - theta_m)
     before an evaluation (`personal_epochs: 0`: in each round, from its own last weights):
         personal        from the expert that suits the client best, on plain cross-entropy
@@ -78,13 +77,6 @@ class FedCoESettings(MethodSettings):
     )
     aggregation: Literal["correlation", "uniform"] = Field(
         "correlation", description="Whether correlation weighs updates, beside sample counts"
-    )
-    mu: float = Field(
-        0.0,
-        ge=0.0,
-        le=100.0,
-        description="Pull of a client's experts to the ones it received, as FedProx's",
-        exclude_if=lambda value: value == 0,
     )
     gate: Literal["analytic", "neural", "frozen_random", "uniform"] = Field(
         "analytic", description="frozen_random and uniform are for ablation"
@@ -378,8 +370,6 @@ class FedCoE(Method):
     def fits(self, side: ClientSide, state: ServerState, order: Order) -> list[Fit]:
         s, client = self.settings, order.client
         fits = super().fits(side, state, order)
-        if s.mu:
-            fits = [replace(fit, anchor=fit.start, pull=s.mu) for fit in fits]
         if s.responsibility == "posterior" and len(order.experts) > 1:
             r = self._responsibilities(side, state, order)
             fits = [replace(fit, sample_weights=r[:, i]) for i, fit in enumerate(fits)]

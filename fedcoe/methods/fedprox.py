@@ -30,7 +30,6 @@ class FedProxSettings(MethodSettings):
 
 class FedProx(Method):
     Settings = FedProxSettings
-    is_fedavg = True
     private = True
     settings: FedProxSettings
 

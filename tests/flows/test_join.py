@@ -67,7 +67,7 @@ def test_a_pick_is_exported_and_runs_without_this_package(
     assert done.returncode == 0, done.stderr
     assert "differ from the model's by at most" in done.stdout
     images = np.load(project / "data/x_test.npy")[:9]
-    found = torch.export.load(path).module()(torch.tensor(images)).detach().numpy()
+    found = torch.export.load(path).module()(torch.tensor(images)).numpy()
     expected = np.exp(load_bundle(project / "models").predict(images))
     np.testing.assert_allclose(found, expected, atol=1e-4)
 

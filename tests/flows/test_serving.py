@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no images": ({"inputs": []}, "at least one"),
     "too bright": ({"inputs": [[1, 256]]}, "inputs hold 256"),
     "too dark": ({"inputs": [[-1, 300]]}, "inputs hold -1"),
-    "too large": ({"inputs": [[2**70]]}, "integers"),
+    "too large": ({"inputs": [[2**70]]}, "pixels are 0 to 255"),
     "digits in words": ({"inputs": [["1", "2"]]}, "integers"),
     "truth": ({"inputs": [[True, False]]}, "integers"),
     "nothing": ({"inputs": [[None]]}, "integers"),

@@ -15,8 +15,8 @@ POOL = {"experts": 3, "branch_after": 2, "personal_epochs": 1, "server_momentum"
 def test_only_methods_that_are_fedavg_for_a_while_have_a_trunk(make_method):
     train = {"rounds": 5}
     found = {name: make_method(name=name, train=train).trunk_rounds for name in method_names()}
-    assert {name for name, rounds in found.items() if rounds} == {"fedavg", "fedavg_ft", "fedprox"}
-    assert found["fedavg"] == found["fedavg_ft"] == found["fedprox"] == 5
+    assert {name for name, rounds in found.items() if rounds} == {"fedavg", "fedavg_ft"}
+    assert found["fedavg"] == found["fedavg_ft"] == 5
 
 
 @pytest.mark.parametrize(
@@ -47,30 +47,10 @@ def test_a_private_method_has_none(make_federation):
         assert method_class(name)(federation).trunk_rounds == 0
 
 
-def test_a_trunk_with_a_pull_is_not_one_without_or_with_another(make_method):
-    def settings(**method):
-        return trunk_settings(
-            make_method(
-                **{"server_momentum": 0.7, "balanced_softmax": True} | method
-            ).federation.settings
-        )
-
-    pulled = settings(**POOL | {"mu": 0.1})
-    assert settings(name="fedprox", mu=0.1) == pulled
-    for other in ({"name": "fedavg"}, {"name": "fedprox"}, POOL):
-        assert settings(**other) != pulled
-    assert settings(name="fedprox", mu=0.0) == settings(name="fedavg")
-
-
-@pytest.mark.parametrize(
-    ("model", "mu"), [({"name": "fedavg"}, {}), ({"name": "fedprox", "mu": 0.5}, {"mu": 0.5})]
-)
-def test_a_pool_goes_on_from_fedavgs_or_fedproxs_round_as_from_its_own(
-    make_method, engine, same_bytes, model, mu
-):
+def test_a_pool_goes_on_from_fedavgs_round_as_from_its_own(make_method, engine, same_bytes):
     options = {"train": {"rounds": 5, "cohort": 0.5}, "balanced_softmax": True}
-    fedavg = make_method(**model, server_momentum=0.7, **options)
-    pool = make_method(**POOL, **mu, **options)
+    fedavg = make_method(name="fedavg", server_momentum=0.7, **options)
+    pool = make_method(**POOL, **options)
     assert trunk_settings(fedavg.federation.settings) == trunk_settings(pool.federation.settings)
     records, own = [], []
     one, several = fedavg.init(), pool.init()

@@ -119,3 +119,28 @@ def _check_contiguous(name: str, ids: NDArray[Any]) -> None:
             f"{name} has {missing[0]} nowhere, but goes up to {ids.max()}; number them "
             "0, 1, 2, ... without gaps (np.unique(y, return_inverse=True)[1] does)"
         )
+
+
+CLIENT = ("x", "images", "y", "labels")
+"""Arrays that the .npz of one client may have."""
+
+
+def images_of(arrays: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
+    """uint8 [n, H, W, C] of a client's arrays.
+
+    Raises:
+        ValueError: there are none, or of another type.
+    """
+    images = one_of(arrays, "x", "images")
+    if images is None:
+        raise ValueError("has no array x (or images)")
+    # A copy: transposed views would change the last bits of convolutions.
+    return np.array(as_images("x", images), order="C")
+
+
+def one_of(arrays: dict[str, NDArray[Any]], *names: str) -> NDArray[Any] | None:
+    """The one that is there of several names for the same; None: there is none."""
+    found = [name for name in names if name in arrays]
+    if len(found) > 1:
+        raise ValueError(f"has both {found[0]} and {found[1]}; leave one out")
+    return arrays[found[0]] if found else None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcoe.data.sources.arrays import as_images
+from fedcoe.data.sources.arrays import CLIENT, images_of, one_of
 from fedcoe.data.sources.folder import read_header, read_pixels, walk_images
 from fedcoe.data.untrusted import one_line, read_npz
 from fedcoe.errors import FedCoEError
@@ -87,26 +87,15 @@ def _folder(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> 
 
 
 def _arrays(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> ClientImages:
-    arrays = read_npz(path, (), ("x", "images", "y", "labels"))
-    images = _one_of(arrays, "x", "images")
-    if images is None:
-        raise ValueError("has no array x (or images)")
-    # A copy: transposed views would change the last bits of convolutions.
-    pixels = np.array(as_images("x", images), order="C")
+    arrays = read_npz(path, (), CLIENT)
+    pixels = images_of(arrays)
     if pixels.shape[1:] != shape or not len(pixels):
         raise ValueError(f"x is {list(pixels.shape)}, the model takes [n, {_few(shape)}]")
-    labels = _one_of(arrays, "y", "labels")
+    labels = one_of(arrays, "y", "labels")
     names = [str(row) for row in range(len(pixels))]
     return ClientImages(
         names, pixels, None if labels is None else _labels(labels, len(pixels), classes)
     )
-
-
-def _one_of(arrays: dict[str, NDArray[Any]], *names: str) -> NDArray[Any] | None:
-    found = [name for name in names if name in arrays]
-    if len(found) > 1:
-        raise ValueError(f"has both {found[0]} and {found[1]}; leave one out")
-    return arrays[found[0]] if found else None
 
 
 def _labels(labels: NDArray[Any], count: int, classes: Sequence[str]) -> NDArray[np.int64]:

@@ -1,11 +1,11 @@
-"""Images to predict: a folder of image files, or an .npz with an array `x`; no labels."""
+"""Images to predict: a folder of image files, or an .npz as a client's; labels are not read."""
 
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcoe.data.sources.arrays import as_images
+from fedcoe.data.sources.arrays import CLIENT, images_of
 from fedcoe.data.sources.folder import ignored, read_header, read_pixels
 from fedcoe.data.untrusted import one_line, read_npz
 from fedcoe.errors import FedCoEError
@@ -27,7 +27,7 @@ def read_images(path: Path, shape: tuple[int, int, int]) -> tuple[list[str], NDA
     height, width, channels = shape
     if path.suffix == ".npz":
         try:
-            pixels = as_images("x", read_npz(path, ("x",))["x"])
+            pixels = images_of(read_npz(path, (), CLIENT))
         except ValueError as error:
             raise FedCoEError(f"{path}: {one_line(error)}") from None
         return [str(row) for row in range(len(pixels))], pixels
