@@ -42,6 +42,7 @@ MEASURES = {
     "labels": "cold start, labels",
 }
 OURS = ("fedcoe", "all")
+PLAIN = ("fedcoe", "plain")
 ONE_EXPERT = ("fedavg", "all")
 """FedAvg with every switch is FedCoE with one expert and no personal one."""
 LIMIT = "centralized"
@@ -89,8 +90,9 @@ class Found(NamedTuple):
 class Figures:
     """What was found, by method, row and measure, over one line a method, row and seed."""
 
-    def __init__(self, lines: pd.DataFrame) -> None:
-        ours = lines[(lines["method"] == OURS[0]) & (lines["row"] == OURS[1])]
+    def __init__(self, lines: pd.DataFrame, row: tuple[str, str] = OURS) -> None:
+        self.lines = lines
+        ours = lines[(lines["method"] == row[0]) & (lines["row"] == row[1])]
         self.ours = {
             name: Found(*paired_interval(list(ours[column].dropna())), ours[column].count())
             for name, column in MEASURES.items()
@@ -100,11 +102,11 @@ class Figures:
             (g["method"], g["row"], g["measure"]): Found(
                 -g["difference"], -g["high"], -g["low"], g["pairs"]
             )
-            for g in differences(lines, OURS).to_dict("records")
+            for g in differences(lines, row).to_dict("records")
         }
 
     def over(self, row: tuple[str, str], measure: str) -> Found:
-        """FedCoE minus another row, on the seeds that both have."""
+        """FedCoE's row minus another, on the seeds that both have."""
         return self.gaps.get((*row, MEASURES[measure]), Found())
 
     def over_best(self, measure: str, rows: tuple[str, ...]) -> tuple[Found, str]:
@@ -154,6 +156,14 @@ def targets(setup: str, f: Figures) -> list[tuple[str, float, Found]]:
     for name in ("unlabelled", "labels"):  # of which a plain baseline reads nothing
         gap, who = f.over_best(name, ("reweighting",))
         what = f"cold start {name}, over the best that reads the same ({who})"
+        rows.append((what, math.nan, gap))
+    plain = Figures(f.lines, PLAIN)
+    for name in PAPER:
+        gap = plain.over(("fedavg", "plain"), name)
+        rows.append((f"{name}: plain over plain FedAvg", math.nan, gap))
+    for name in ("none", "unlabelled", "labels"):
+        gap, who = plain.over_best(name, ("plain",))
+        what = f"cold start {name}: plain over the best plain baseline ({who})"
         rows.append((what, math.nan, gap))
     rotated = setup == "cifar10-rot4"
     for name in MEASURES:
@@ -222,9 +232,10 @@ OPENING = """\
 Made by `make results` from the cells beside it; accuracy in %, mean ± standard deviation over
 seeds. Margins are in points, paired by seed (interval: Student's t; one seed has none, two or three
 make it wide). *Met*: the whole interval is; *met in the mean*: part of the interval is not. `none`,
-`unlabelled`, `labels`: new clients. FedCoE is its row `all`. A rival's row `all` has the same
-switches; `fedavg`, `all` is FedCoE with one expert and no personal one. Of two rivals the better
-one has the higher mean on the seeds that both have.
+`unlabelled`, `labels`: new clients. FedCoE is its row `all` unless a line says plain. A rival's row
+`all` has the same switches; `fedavg`, `all` is FedCoE with one expert and no personal one. Of two
+rivals the better one has the higher mean on the seeds that both have. 8.82, 29.19 and 12.54 are the
+paper's leads; every other target is ours.
 """
 
 

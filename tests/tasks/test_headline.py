@@ -42,6 +42,10 @@ def test_margins_are_to_the_rival_that_each_target_names() -> None:
     assert found["labels over Centralized + reweighting"] == (0.0, -29.0)
     assert found["personalized over plain FedAvg"] == (29.19, 10.0)
     assert found["cold start none, over the best plain baseline (ditto + plain)"] == (12.54, 9.0)
+    need, value = found["personalized: plain over plain FedAvg"]
+    assert math.isnan(need) and value == 39.0
+    need, value = found["cold start none: plain over the best plain baseline (ditto + plain)"]
+    assert math.isnan(need) and value == 38.0
     need, value = found[
         "cold start labels, over the best that reads the same (fedavg + reweighting)"
     ]
