@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from fedcoe import __version__
 from fedcoe.errors import FedCoEError, said_of_disks
 
 if TYPE_CHECKING:
@@ -36,6 +37,22 @@ app.add_typer(stage, name="stage")
 
 out = Console()
 err = Console(stderr=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedcoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which this is.")
+    ] = False,
+) -> None:
+    pass
+
 
 Root = Annotated[
     Path, typer.Option("--root", help="Folder of params.yaml.", file_okay=False, exists=True)

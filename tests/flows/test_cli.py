@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fedcoe import __version__
 from fedcoe.errors import FedCoEError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -41,6 +42,10 @@ def test_help_of_every_command_has_an_example(name: str) -> None:
     result = invoke(name, "--help")
     assert result.exit_code == 0
     assert re.search(rf"Examples?:\s+fedcoe {name}", result.output), result.output
+
+
+def test_the_version_is_said() -> None:
+    assert invoke("--version").stdout == f"fedcoe {__version__}\n"
 
 
 def test_help_imports_nothing_heavy() -> None:
