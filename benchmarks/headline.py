@@ -232,10 +232,10 @@ OPENING = """\
 Made by `make results` from the cells beside it; accuracy in %, mean ± standard deviation over
 seeds. Margins are in points, paired by seed (interval: Student's t; one seed has none, two or three
 make it wide). *Met*: the whole interval is; *met in the mean*: part of the interval is not. `none`,
-`unlabelled`, `labels`: new clients. FedCoE is its row `all` unless a line says plain. A rival's row
-`all` has the same switches; `fedavg`, `all` is FedCoE with one expert and no personal one. Of two
-rivals the better one has the higher mean on the seeds that both have. 8.82, 29.19 and 12.54 are the
-paper's leads; every other target is ours.
+`unlabelled`, `labels`: new clients. FedCoE is its row `all` unless a line says `: plain`. A rival's
+row `all` has the same switches; `fedavg`, `all` is FedCoE with one expert and no personal one. Of
+two rivals the better one has the higher mean on the seeds that both have. 8.82, 29.19 and 12.54 are
+the paper's leads; every other target is ours.
 """
 
 

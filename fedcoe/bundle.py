@@ -3,7 +3,7 @@
 experts/expert-<m>.safetensors     global experts, parameters by name
 gate.safetensors                   gate and coordination head (methods that have them)
 personal/<client>.safetensors      personal experts of seen clients, by client index
-personal/clients.json              with privacy: label counts and shares, which the rest lacks
+personal/clients.json              with privacy: what the rest then lacks of clients
 state.json                         settings, classes, label counts, correlation, calibration
 """
 
@@ -188,6 +188,8 @@ class Bundle:
         ):
             if given_ is not None and mode not in modes:
                 raise FedCoEError(f"{name} are for mode {' and '.join(modes)}, not {mode}")
+        if labels is not None and label_counts is not None:
+            raise FedCoEError("label_counts are for a client without labels; leave one out")
         self.check_whole()
         scores = self.score(images)
         if mode == "none":
@@ -201,7 +203,8 @@ class Bundle:
             checked = check_labels(labels, count, classes)
             return predict_labels(self.method, self.state, scores, given, checked)
         counts = np.asarray(label_counts)
-        if counts.dtype.kind not in "iuf" or counts.shape != (classes,) or not counts.min() >= 0:
+        fit = counts.dtype.kind in "iuf" and counts.shape == (classes,)
+        if not fit or counts.min() < 0 or not np.isfinite(counts).all():
             raise FedCoEError(
                 f"mode labels needs inputs with labels, or label_counts: {classes} numbers >= 0"
             )

@@ -489,9 +489,10 @@ def _progress(
                 return
             if event == "start":
                 run = values["run"]
+                data = escape(run.data.dataset.info.name)
                 bar.update(
                     line,
-                    description=f"{run.settings.method.name} · {run.data.dataset.info.name}",
+                    description=f"{run.settings.method.name} · {data}",
                     total=values["rounds"],
                     completed=values["round"],
                 )
@@ -658,6 +659,7 @@ def sync(
     as_json: AsJson = False,
 ) -> None:
     """Send MLflow what it missed while it was out of reach. Exit code 1: something is left."""
+    from tasks.delivery import masked
     from tasks.registry import use_default_stores
     from tasks.tracking import sync as send
 
@@ -670,7 +672,7 @@ def sync(
             sent = ", ".join(f"{count} {kind}" for kind, count in row["sent"].items()) or "nothing"
             left = f"; {row['waiting']} records wait" * (row["waiting"] > 0)
             why = f" ({row['why']})" * bool(row["why"])
-            said = f"{row['run']} -> {row['store']}: {sent} sent{left}{why}"
+            said = f"{row['run']} -> {masked(row['store'])}: {sent} sent{left}{why}"
             out.print(said, markup=False, highlight=False, soft_wrap=True)
         if not rows:
             out.print("nothing waits to be sent")
@@ -1050,7 +1052,7 @@ def doctor(root: Root = Path("."), as_json: AsJson = False) -> None:
         }
         table = Table(box=None, show_header=False)
         for finding in findings:
-            table.add_row(marks[finding["status"]], finding["what"], finding["found"])
+            table.add_row(marks[finding["status"]], finding["what"], escape(finding["found"]))
         out.print(table)
     if any(finding["status"] == "bad" for finding in findings):
         raise typer.Exit(1)

@@ -268,7 +268,7 @@ def _run(root: Path, name: str, cells: Sequence[Cell], cell_only: bool) -> str:
 
 def _compare(root: Path, name: str, cells: Sequence[Cell], cell_only: bool) -> str:
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise FedCoEError(f"--name {name!r}: letters, digits, - and _ only; it names a folder")
+        raise FedCoEError(f"--name {name!r}: begin with a letter; letters, digits, _ . - only")
     data_hash = load_dataset(root / "data").info.hash
     results = root / "results" / name
     if not cell_only:

@@ -91,7 +91,7 @@ def patience(store: str) -> Patience:
 
 def masked(uri: str) -> str:
     """An address without a name and password in it, for logs and the terminal."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return re.sub(r"^(\w[\w+.-]*://)[^/]*@", r"\1", uri)
 
 
 def probe(store: str) -> None:

@@ -112,9 +112,9 @@ def _disk(root: Path) -> Finding:
 
 
 def _server(name: str, url: str | None, health: str) -> Finding:
-    if not url or not url.startswith("http"):
-        return _finding("ok", name, f"embedded ({url or 'no server set'})")
-    url = masked(url)
+    url = masked(url or "no server set")
+    if not url.startswith("http"):
+        return _finding("ok", name, f"embedded ({url})")
     try:
         with urllib.request.urlopen(url.rstrip("/") + health, timeout=3) as answer:
             return _finding("ok", name, f"{url} answers {answer.status}")

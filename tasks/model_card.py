@@ -123,7 +123,7 @@ def _data(lineage: Lineage) -> str:
     info, p = lineage.info, lineage.settings.partition
     skew = f", alpha {p.alpha}" if p.scheme == "dirichlet" else ""
     return (
-        f"{_plain(info.name)} ({_plain(info.source)}; licence: {info.licence}): "
+        f"{_plain(info.name)} ({_plain(info.source)}; licence: {_plain(info.licence)}): "
         f"{info.train:,} images dealt to {lineage.seen} clients that trained and {lineage.new} "
         f"that did not ({p.scheme}{skew}); "
         f"{info.test:,} test images. Classes: {_listed(info.classes)}."
@@ -225,8 +225,9 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name that data brought along, as text: no image, link or heading comes out of it."""
-    return re.sub(r"([\\`*_\[\]<>!#~])", r"\\\1", name)
+    """A name that data brought along, as text: no image, link or heading comes out of it. By
+    entities, as MLflow's pages and others differ in what a backslash takes back."""
+    return re.sub(r"[\\`*_\[\]<>!#~&@/|]|(?<=www)\.", lambda c: f"&#{ord(c[0])};", name)
 
 
 def _percent(value: str) -> str:

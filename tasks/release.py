@@ -6,9 +6,10 @@ The aliases `candidate` and `champion` of `fedcoe`, its gate and its experts alw
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -137,9 +138,11 @@ def _alone() -> Iterator[None]:
         # A store elsewhere: this excludes one's other processes here, not other machines. The
         # folder is one's own: nobody else can hold the lock.
         folder = Path(tempfile.gettempdir()) / f"fedcoe-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.lstat().st_uid != os.getuid():
-            raise FedCoEError(f"{folder}: belongs to another user; remove it, or set TMPDIR")
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+        if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+            raise FedCoEError(f"{folder}: is no folder of yours; remove it, or set TMPDIR")
         path = folder / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}.release-lock"
     with Lock(path):
         yield

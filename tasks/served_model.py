@@ -180,7 +180,7 @@ def _parse(data: bytes, known: set[str]) -> dict[str, Any]:
         f"params.{name}" for name in set(params) - known
     ):
         raise FedCoEError(f"{unknown[0]} is unknown; params: {', '.join(sorted(known)) or 'none'}")
-    if "inputs" in params and not isinstance(params["inputs"], str):
+    if params.get("inputs") is not None and not isinstance(params["inputs"], str):
         raise FedCoEError("params.inputs must be a string: base64 of uint8 images")
     for name, value in params.items():
         if isinstance(value, list) and any(type(item) is not int for item in value):
@@ -199,6 +199,10 @@ def _pixels(images: Any) -> NDArray[np.uint8]:
         raise FedCoEError("inputs must be images of one shape; rows differ in length")
     if kinds - {int}:
         raise FedCoEError("inputs must hold integers, pixels 0 to 255, and nothing else")
+    try:
+        pixels = pixels.astype(np.int64)
+    except OverflowError:
+        raise FedCoEError("inputs hold a number that is too large; pixels are 0 to 255") from None
     low, high = pixels.min(initial=255), pixels.max(initial=0)
     if low < 0 or high > 255:
         raise FedCoEError(f"inputs hold {low if low < 0 else high}; pixels are 0 to 255")

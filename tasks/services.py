@@ -20,6 +20,7 @@ from uuid import UUID
 import psutil
 
 from fedcoe.errors import FedCoEError
+from tasks.delivery import masked
 from tasks.locks import locked
 from tasks.processes import (
     HOST,
@@ -73,7 +74,9 @@ def up(root: Path, prefect_port: int, mlflow_port: int) -> tuple[list[dict[str, 
         for server in (prefect, mlflow):
             _await(server)
         environment = _environment(root) | {s.variable: s.url for s in (prefect, mlflow)}
-        rows = [{"name": s.name, "address": s.url, "state": s.state} for s in (prefect, mlflow)]
+        rows = [
+            {"name": s.name, "address": masked(s.url), "state": s.state} for s in (prefect, mlflow)
+        ]
         with _client(prefect.url) as client:
             gpus = devices()
             ours = prefect.service is not None
@@ -179,7 +182,7 @@ def _await(server: Server) -> None:
         wait_until(server.service, lambda: answers(server.url))
     elif server.url.startswith("http") and not answers(server.url):
         raise FedCoEError(
-            f"{server.variable}={server.url} does not answer; start that server, or unset it"
+            f"{server.variable}={masked(server.url)} does not answer; start that server or unset it"
         )
 
 

@@ -65,7 +65,15 @@ def test_label_counts_become_the_label_prior(mixture):
 
 
 @pytest.mark.parametrize(
-    "counts", [None, [1, 2], [1, -1, 0, 0], [1.0, np.nan, 0.0, 0.0], ["1", "2", "3", "4"]]
+    "counts",
+    [
+        None,
+        [1, 2],
+        [1, -1, 0, 0],
+        [1.0, np.nan, 0.0, 0.0],
+        [np.inf, 1.0, 1.0, 1.0],
+        ["1", "2", "3", "4"],
+    ],
 )
 def test_mode_labels_needs_one_count_a_class(mixture, counts):
     _, _, side, folder = mixture
@@ -85,6 +93,13 @@ def test_what_a_mode_does_not_read_is_refused_rather_than_left_out(mixture, mode
     _, _, side, folder = mixture
     with pytest.raises(FedCoEError, match=f"{next(iter(given))} are for mode .*, not {mode}"):
         load_bundle(folder).predict(side.data.dataset.x_test, mode, **given)
+
+
+def test_labels_and_counts_of_them_are_one_too_many(mixture):
+    _, _, side, folder = mixture
+    images = side.data.dataset.x_test[:2]
+    with pytest.raises(FedCoEError, match="leave one out"):
+        load_bundle(folder).predict(images, "labels", [1, 1, 0, 0], labels=[0, 1])
 
 
 def test_lists_are_taken_as_arrays_are(mixture):

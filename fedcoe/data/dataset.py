@@ -63,7 +63,7 @@ class DatasetInfo(BaseModel):
     @classmethod
     def _one_part_of_a_path(cls, name: str) -> str:
         # Results and checkpoints lie in folders that begin with it.
-        if "/" in name or not name.isprintable():
+        if "/" in name or not name.isprintable() or not name.strip(" ."):
             raise ValueError("must be printable text without /")
         return name
 

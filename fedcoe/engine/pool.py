@@ -211,8 +211,8 @@ class Engine:
                 reason = f"memory ran out twice at the same work ({error}): {_LESS}"
             except BrokenProcessPool:
                 reason = (
-                    f"a worker process died twice at the same work; most often memory ran out: "
-                    f"{_LESS}"
+                    "a worker process died twice at the same work; most often memory ran out: "
+                    f"{_LESS}, or a script of one's own lacks its guard (see Engine)"
                 )
                 with self._lock:
                     if self._pool is pool:

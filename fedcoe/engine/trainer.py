@@ -167,7 +167,7 @@ class Trainer:
     def prepare(self, images: Images | Tensor) -> Tensor:
         """uint8 [B, H, W, C] to normalised float [B, C, H, W] in channels-last memory."""
         x = torch.tensor(images) if isinstance(images, np.ndarray) else images
-        lines = x.to(self.device).reshape(*x.shape[:2], -1)
+        lines = x.to(self.device).flatten(2)
         return torch.addcmul(self._shift, lines, self._scale).view(x.shape).permute(0, 3, 1, 2)
 
     def fit(

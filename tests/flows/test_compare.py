@@ -17,10 +17,24 @@ import pytest
 from fedcoe.config import load_settings, validate_settings
 from fedcoe.errors import FedCoEError
 from fedcoe.methods.settings import method_class, method_names
-from flows.compare import ablation_cells, ablation_sets, comparison_cells, row_settings
+from flows.compare import Cell, ablation_cells, ablation_sets, comparison_cells, row_settings
 from tasks.outbox import outboxes
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+def test_cells_that_differ_in_prediction_share_a_training_unless_it_is_private() -> None:
+    for epsilon, trainings in ((0.0, 1), (8.0, 2)):
+        settings = [
+            validate_settings(
+                {"method": {"reweighting": on}, "privacy": {"epsilon": epsilon}}, "test"
+            )
+            for on in (False, True)
+        ]
+        cells = [Cell("fedcoe", "all", 0, found, (), "") for found in settings]
+        assert len({cell.training for cell in cells}) == trainings
+
+
 SWITCHES = ("balanced_softmax", "server_momentum", "reweighting", "coordination_head")
 
 

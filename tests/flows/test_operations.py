@@ -75,9 +75,12 @@ def test_passwords_in_addresses_are_not_shown(
     from tasks.delivery import OutOfReachError, masked, probe
     from tasks.doctor import examine
 
-    assert masked("postgresql://me:s3cret@db/x") == "postgresql://db/x"
-    for uri in ("sqlite:///a/b@c.db", "http://127.0.0.1:9/a@b"):
+    for uri in ("postgresql+psycopg://me:s3cret@db/x", "http://me:s3@cret@db/x"):
+        assert masked(uri) == uri.split(":")[0] + "://db/x"
+    for uri in ("sqlite:///b@c.db", "http://127.0.0.1:9/a//b@c", "no server set"):
         assert masked(uri) == uri
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:s3cret@db/x")
+    assert "s3cret" not in str(examine(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
     with pytest.raises(OutOfReachError, match=r"^http://127.0.0.1:9 does not answer \(.*refused"):
         probe("http://me:s3cret@127.0.0.1:9")

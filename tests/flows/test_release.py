@@ -253,9 +253,12 @@ def test_a_folder_of_another_users_in_the_temporary_one_holds_up_no_release_it_i
     with _alone():
         assert (tmp_path / f"fedcoe-{os.getuid()}").stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr("os.getuid", lambda: 12345)
-    (tmp_path / "fedcoe-12345").mkdir()
-    with pytest.raises(FedCoEError, match="fedcoe-12345: belongs to another user"), _alone():
-        pass
+    planted = tmp_path / "fedcoe-12345"
+    for plant in (planted.mkdir, lambda: planted.symlink_to("nowhere")):
+        plant()
+        with pytest.raises(FedCoEError, match="fedcoe-12345: is no folder of yours"), _alone():
+            pass
+        planted.rmdir() if planted.is_dir() else planted.unlink()
 
 
 def test_a_version_for_other_images_is_not_compared(

@@ -311,9 +311,11 @@ def test_no_trial_reads_test_images_or_labels(
     method: str, new_project: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = new_project()
-    changes = [f"method.name={method}", "train.rounds=2", "evaluate.every=2"]
+    # One evaluation is enough, but for the method that trains on what one has found.
+    every = 1 if method == "fedcoe" else 2
+    changes = [f"method.name={method}", "train.rounds=2", f"evaluate.every={every}"]
     clean = curve_of(root, *changes)
-    assert [round_ for round_, _ in clean] == [2]
+    assert [round_ for round_, _ in clean] == [1, 2][-2 // every :]
     spoil(root, TEST)
     assert curve_of(root, *changes) == clean
     spoil(root, VALIDATION)
