@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
+from fedcoe import correlation
 from fedcoe.analytic import Statistics
 from fedcoe.bundle import export_models, load_bundle
 from fedcoe.config import FaultSettings, PrivacySettings, Settings, validate_settings
@@ -438,6 +439,40 @@ def test_how_many_clients_answered_a_gate_update_is_not_told(make_private, engin
             method.gate_message, method.init().for_clients(), over=[[0, 1, 2, 3, 4, 5]]
         )
         assert message.dropped.total() > 0 and message.statistics.count == 6
+
+
+def test_every_message_that_is_counted_is_noised_and_each_with_noise_of_its_own(
+    make_private, engine, train, monkeypatch
+):
+    drawn, real = [], Privacy._normal
+
+    def spy(self, name, round_, shape):
+        drawn.append((name, round_))
+        return real(self, name, round_, shape)
+
+    monkeypatch.setattr(Privacy, "_normal", spy)
+    train(engine, make_private(train={"rounds": 3}, evaluate={"every": 1}), 3)
+    every = [(name, r) for name in ("updates", "gram", "targets") for r in (1, 2, 3)]
+    assert sorted(drawn) == sorted([*every, ("label mixes", 0), ("losses", 1), ("losses", 2)])
+
+
+def test_without_noise_private_losses_move_the_correlation_as_plain_ones_do(make_private, side):
+    method = make_private(train={"rounds": 9}, correlation_momentum=0.0)
+    method.privacy.z = Messages()
+    state = replace(method.init(), round=1)
+    noise = np.random.default_rng(0).standard_normal(state.experts.shape).astype(np.float32)
+    state = replace(state, experts=state.experts + 0.01 * noise)
+    message = method.gate_message(side, state, range(6))
+    losses = np.stack([message.losses[k] for k in range(6)])
+    c = correlation.from_losses(losses, method.settings.loss_sharpness)
+    after = method.gate_update(state, [message])
+    np.testing.assert_allclose(after.correlation, correlation.normalise(c, 0.05), atol=1e-5)
+
+
+def test_a_client_that_trains_two_experts_a_round_has_sent_one_message(make_private):
+    method = make_private(experts=2, experts_per_client=2, train={"rounds": 2})
+    state = replace(method.init(), round=2, dispatched=np.full((6, 2), 2))
+    assert method.privacy_spent(state)["epsilon"] == pytest.approx(8.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("chosen", [{}, {"name": "fedavg", "coordination_head": True}])

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tasks.comparison import COMPARED
+from tasks.comparison import COMPARED, measures
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -123,3 +123,35 @@ def test_without_a_cell_of_fedcoe_nothing_is_found() -> None:
     f = lines(local_plain=90.0)
     assert all(math.isnan(found.mean) for _, _, found in targets("fashion-dir01", f))
     assert f.over(("local", "plain"), "global") == Found()
+
+
+def test_every_column_comes_from_its_own_figure() -> None:
+    own = {"accuracy": 0.2, "mean": 0.3, "worst10": 0.4}
+    modes = {"none": 0.5, "unlabelled": 0.6, "labels": 0.7, "few_shot": 0.8}
+    cell = {"has_global": True, "timing": {"train_seconds": 1}}
+    cell |= {"evaluate": {"global": {"accuracy": 0.1}, "personalized": own}}
+    cell |= {"cold_start": {mode: {"accuracy": v} for mode, v in modes.items()}}
+    cell |= {"train": {"rounds": 1, "bytes_up": 0, "bytes_down": 0, "images_trained": 0}}
+    found = measures(cell, cell)
+    assert {k: found[k] for k in COMPARED if k in found} == {
+        "global": 0.1, "personalized": 0.2, "mean of clients": 0.3, "worst tenth": 0.4,
+        "cold start, none": 0.5, "cold start, unlabelled": 0.6, "cold start, labels": 0.7,
+        "few-shot": 0.8,
+    }  # fmt: skip
+
+
+def test_every_target_is_held_against_its_own_column() -> None:
+    rows = ("all", "plain", "reweighting")
+    table = [
+        {"method": method, "row": row, "seed": 0}
+        | {name: 10.0 * i * (method == "fedcoe") for i, name in enumerate(COMPARED)}
+        for method in ("fedcoe", "fedavg", "centralized")
+        for row in rows[: 3 if method != "fedcoe" else 2]
+    ]
+    column = {"global": 0.0, "personalized": 10.0, "none": 40.0, "unlabelled": 50.0, "labels": 60.0}
+    f = Figures(pd.DataFrame(table))
+    assert {name: found.mean for name, found in f.ours.items()} == column
+    for what, _, found in targets("cifar10-rot4", f):
+        words = what.replace(",", " ").replace(":", " ").split()
+        name = next(w for w in words if w in column)
+        assert found.mean == column[name], what
