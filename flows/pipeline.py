@@ -25,6 +25,7 @@ from fedcoe.methods.base import Method
 from fedcoe.methods.settings import SWITCHES
 from fedcoe.state import ServerState
 from tasks.files import footing, write_cold_start, write_csv, write_evaluation, write_json
+from tasks.run import code_hash
 
 
 def check_method(root: Path, given: Sequence[str], profile: Sequence[str] = ()) -> list[str]:
@@ -105,7 +106,7 @@ def partition_data(
 
 
 def partition_once(root: Path, overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """Deal the data in a folder named by what decides it, unless that was done before.
+    """Deal the data in a folder named by what decides it, code included, unless that was done.
 
     Whole or not at all: others may be dealing the same.
 
@@ -113,7 +114,9 @@ def partition_once(root: Path, overrides: Sequence[str]) -> tuple[str, list[str]
         The folder, under the root, and warnings if it was made now.
     """
     part = load_settings(root / "params.yaml", overrides).fingerprint("partition")
-    name = f".fedcoe/partitions/{part}-{load_dataset(root / 'data').info.hash[:8]}"
+    name = (
+        f".fedcoe/partitions/{part}-{load_dataset(root / 'data').info.hash[:8]}-{code_hash()[:8]}"
+    )
     if (root / name).exists():
         return name, []
     (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fedcoe
@@ -56,11 +57,14 @@ class Run:
 
     @property
     def computed(self) -> list[str]:
-        """What `auto` in `runtime` came to: the engine, what it computes in, and on what."""
+        """What `auto` in `runtime` came to, the engine, what it computes in and on what, and the
+        libraries that compute."""
         site = self.engine.site
         names = (d if d == "cpu" else torch.cuda.get_device_name(d) for d in site.devices)
         dtype = str(computes_in(site.precision, site.devices[0])).removeprefix("torch.")
-        return ["vectorized" if site.vectorized else "sequential", dtype, *sorted(set(names))]
+        engine = "vectorized" if site.vectorized else "sequential"
+        libraries = [f"torch {torch.__version__}", f"numpy {np.__version__}"]
+        return [engine, dtype, *sorted(set(names)), *libraries]
 
 
 def run_key(settings: Settings, data: ClientData) -> str:
@@ -69,7 +73,9 @@ def run_key(settings: Settings, data: ClientData) -> str:
 
 
 def _named(settings: Settings) -> Settings:
-    """Without what decides nothing."""
+    """Without what decides nothing: workers do where one trains many models at once."""
+    if settings.runtime.engine == "vectorized":
+        return settings
     runtime = settings.runtime.model_copy(update={"workers": 0})
     return settings.model_copy(update={"runtime": runtime})
 

@@ -353,13 +353,18 @@ def data_version(root: Path) -> str:
 
 
 def git_commit(root: Path) -> str:
-    """The commit that is checked out, with `+changes` if files differ from it; or `unknown`."""
+    """The commit that is checked out, with `+changes` if files that decide anything differ from
+    it (data has a hash of its own); or `unknown`."""
+    aside = (":!results", ":!data.dvc", ":!dvc.lock", ":!docs")
     try:
         head, changes = (
             subprocess.run(
                 ["git", *command], cwd=root, capture_output=True, text=True, check=True, timeout=10
             ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+            for command in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "-uno", "--", ".", *aside],
+            )
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -2,8 +2,8 @@
 
 An engine holds clients' data and a trainer and runs functions beside them. Methods hand it
 functions of a `ClientSide`; they never know how many processes there are. Results are the same
-bytes whatever the number of workers on processors: each model is trained by one thread, and sums
-are exact. On GPUs they are the same to rounding.
+bytes whatever the number of workers where each model is trained by itself, by one thread: sums are
+exact. Where many are trained at once (vectorized), on GPUs, they are the same to rounding.
 """
 
 import multiprocessing
