@@ -58,6 +58,7 @@ def test_a_run_killed_three_times_ends_with_the_bytes_of_a_run_never_killed(
     project: Path,
     new_project: Callable[..., Path],
     fedcoe_command: Callable[..., Any],
+    run_training: Callable[..., dict[str, float]],
     contents: Callable[..., dict[str, bytes]],
     prefect_api: str,
 ) -> None:
@@ -69,8 +70,7 @@ def test_a_run_killed_three_times_ends_with_the_bytes_of_a_run_never_killed(
         [scratch] = (root / ".fedcoe/runs").iterdir()
         kept.append(sorted(file.name[:12] for file in scratch.glob("round-*.safetensors")))
     assert kept == [["round-000001"], ["round-000001"], ["round-000002", "round-000003"]]
-    done = fedcoe_command(root, "train", PREFECT_API_URL=prefect_api)
-    assert done.returncode == 0, done.stderr
+    run_training(root)
     ours, theirs = (contents(folder, ("models",)) for folder in (root, project))
     assert [name for name in theirs if ours.get(name) != theirs[name]] == []
     assert ours.keys() == theirs.keys()
