@@ -40,8 +40,7 @@ def cells(root: Path) -> dict[str, dict[str, Any]]:
     ("methods", "similarity", "branch", "shared_until"),
     [
         (("fedavg", "fedcoe"), "labels", 3, 2),
-        (("fedavg", "fedcoe"), "features", 4, 4),
-        (("fedcoe", "fedavg_ft"), "labels", 3, 3),
+        (("fedcoe", "fedavg_ft"), "features", 4, 4),
     ],
 )
 def test_what_cells_share_is_trained_once_and_their_figures_are_those_of_trainings_apart(

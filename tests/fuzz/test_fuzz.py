@@ -1,4 +1,4 @@
-"""The fuzzers for two seconds a reader; ten minutes each: `python tests/fuzz/fuzz_readers.py`."""
+"""The fuzzers for a second a reader; ten minutes each: `python tests/fuzz/fuzz_readers.py`."""
 
 import os
 import random
@@ -16,7 +16,7 @@ FUZZER = Path(__file__).parent / "fuzz_readers.py"
 @pytest.mark.slow
 def test_damaged_files_are_read_or_refused_in_one_line() -> None:
     done = subprocess.run(
-        [sys.executable, str(FUZZER), "--seconds", "2"],
+        [sys.executable, str(FUZZER), "--seconds", "1"],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
