@@ -214,8 +214,7 @@ def _lineage(lineage: Lineage, tags: Mapping[str, str]) -> str:
 
 
 def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    # Names of classes and clients come from data.
-    lines = [f"| {a.replace('|', '&#124;')} | {b.replace('|', '&#124;')} |" for a, b in rows]
+    lines = [f"| {a} | {b} |" for a, b in rows]
     return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
 
 

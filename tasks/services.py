@@ -164,13 +164,14 @@ def _server(root: Path, name: str, variable: str, port: int) -> Server:
     own = {"prefect": "PREFECT_SERVER_API_PORT", "mlflow": "MLFLOW_PORT"}[name]
     check_free(name, port, f"--{name}-port or {own}")
     environment = _environment(root) | {"PREFECT_API_URL": url}
-    # Prefect answers every web page by default: one that is open in a browser here could start
-    # a command on the pool.
-    pages = f"{address},http://localhost:{port}"
-    environment.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", pages)
-    environment.setdefault("PREFECT_SERVER_CSRF_PROTECTION_ENABLED", "true")
     words = [name, "server", *(["start"] if name == "prefect" else ["--workers", "1"])]
-    if name == "mlflow":
+    if name == "prefect":
+        # It answers every web page by default: one that is open in a browser here could start a
+        # command on the pool.
+        pages = f"{address},http://localhost:{port}"
+        environment.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", pages)
+        environment.setdefault("PREFECT_SERVER_CSRF_PROTECTION_ENABLED", "true")
+    else:
         for variable_of_clients in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
             environment.pop(variable_of_clients, None)
     command = [sys.executable, "-m", *words, "--host", HOST, "--port", str(port)]
